@@ -1,0 +1,190 @@
+"""The arguments the scripts share, each declared once, and how bad ones are told."""
+
+import argparse
+import math
+import os
+import sys
+
+import latents
+from errors import UserError
+from models import EBM_KINDS, EqM_models
+from samplers import SAMPLERS
+from transport import PATHS, PREDICTIONS
+
+# What a checkpoint's own args settle when sampling; the values are the published defaults.
+MODEL_DEFAULTS = {
+    "model": "EqM-XL/2",
+    "image_size": 256,
+    "num_classes": 1000,
+    "vae": "ema",
+    "uncond": True,
+    "ebm": "none",
+    "video": False,
+    "clip_len": 16,
+    "patch_frames": None,
+    "path_type": "Linear",
+    "prediction": "velocity",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, printed once however many ranks there are."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message):
+        complain(f"{self.prog}: error: {message}", every_rank=False)
+        sys.exit(2)
+
+
+def complain(line, every_rank=True):
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Run a script's main; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        where = f" (rank {rank})" if rank != "0" else ""
+        complain(f"{os.path.basename(sys.argv[0])}: error{where}: {error}")
+        sys.exit(2)
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a finite int or float within [low, high], or (low, high] if open_low."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
+            ) from None
+        if not (low <= value <= high) or (open_low and value == low) or math.isinf(value):
+            above = "above" if open_low else "at least"
+            bound = f" and at most {high:g}" if high != math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {above} {low:g}{bound}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+count = number(int, 0)
+positive = number(float, 0, open_low=True)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def add_model(parser, from_checkpoint=False):
+    """Network and what it is trained on. from_checkpoint: flags left out follow the checkpoint."""
+    group = parser.add_argument_group("model" + (" (left out: as in the checkpoint)" if from_checkpoint else ""))
+    default = (lambda name: None) if from_checkpoint else MODEL_DEFAULTS.get
+    switch = argparse.BooleanOptionalAction
+    group.add_argument(
+        "--model",
+        choices=EqM_models,
+        default=default("model"),
+        metavar="EqM-{T,S,B,L,XL}/{2,4,8}",
+        help="size and patch",
+    )
+    group.add_argument("--image-size", type=positive_int, default=default("image_size"), help="side in pixels")
+    group.add_argument("--num-classes", type=positive_int, help="number of classes; left out: what the data holds")
+    group.add_argument(
+        "--vae",
+        default=default("vae"),
+        help="ema or mse (Stable Diffusion's), none (pixels), or a folder with an AutoencoderKL",
+    )
+    group.add_argument("--uncond", action=switch, default=default("uncond"), help="zero the time conditioning")
+    group.add_argument("--ebm", choices=EBM_KINDS, default=default("ebm"), help="explicit energy")
+    group.add_argument("--video", action=switch, default=default("video"), help="clips instead of images")
+    group.add_argument("--clip-len", type=positive_int, default=default("clip_len"), help="frames of a clip")
+    group.add_argument(
+        "--patch-frames",
+        type=positive_int,
+        default=default("patch_frames"),
+        help="frames of a patch; left out: the patch's side",
+    )
+
+
+def add_transport(parser, from_checkpoint=False):
+    """Path, prediction and loss weight."""
+    group = parser.add_argument_group("transport")
+    default = (lambda name: None) if from_checkpoint else MODEL_DEFAULTS.get
+    group.add_argument("--path-type", choices=PATHS, default=default("path_type"), help="path from noise to data")
+    group.add_argument(
+        "--prediction", choices=PREDICTIONS, default=default("prediction"), help="what the model predicts"
+    )
+    group.add_argument(
+        "--sample-eps",
+        type=fraction,
+        help="sampling stays this far from singular ends of t; left out: what the path needs",
+    )
+
+
+def add_runtime(parser):
+    """Device, seed and workers."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--device", help="cuda, cuda:1, cpu, ...; left out: the GPU where there is one")
+    group.add_argument("--global-seed", type=count, default=0, help="seed of everything random")
+    group.add_argument("--global-batch-size", type=positive_int, default=256, help="batch over all ranks")
+
+
+def add_sampler(parser):
+    """How to descend."""
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--sampler", choices=SAMPLERS, default="gd", help="gradient descent, or Nesterov's")
+    group.add_argument("--stepsize", type=positive, default=0.0017, help="eta, the step along the field")
+    group.add_argument(
+        "--num-sampling-steps", type=number(int, 2), default=250, help="sampling points; one more than updates"
+    )
+    group.add_argument("--mu", type=fraction, default=0.3, help="ngd's momentum")
+    group.add_argument("--cfg-scale", type=non_negative, default=4.0, help="guidance; 1 is none")
+    group.add_argument(
+        "--cfg-channels", type=positive_int, default=3, help="how many leading channels are guided, 3 as published"
+    )
+
+
+def settle(args, trained_with):
+    """Fill in what the flags left open from the args a checkpoint was trained with, else the published defaults.
+
+    Raises UserError if a flag contradicts the checkpoint.
+    """
+    for name, default in MODEL_DEFAULTS.items():
+        given, trained = getattr(args, name), trained_with.get(name)
+        if given is not None and trained is not None and given != trained:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {given} contradicts the checkpoint, which was trained with {trained}; leave it out"
+            )
+        setattr(args, name, given if given is not None else default if trained is None else trained)
+
+
+def check_geometry(args):
+    """Raise UserError unless image size, clip length and patch fit each other and the autoencoder.
+
+    Returns (latent channels, model input size): an int, or (T, h, w) for clips.
+    """
+    channels, factor = latents.geometry(args.vae)
+    patch = int(args.model.split("/")[1])
+    if args.image_size % (factor * patch):
+        raise UserError(
+            f"--image-size {args.image_size} must be a multiple of {factor * patch}: "
+            f"the autoencoder divides it by {factor}, {args.model}'s patches by {patch}"
+        )
+    side = args.image_size // factor
+    if not args.video:
+        return channels, side
+    patch_frames = args.patch_frames or patch
+    if args.clip_len % patch_frames:
+        raise UserError(
+            f"--clip-len {args.clip_len} must be a multiple of the patch's {patch_frames} frames "
+            f"(--patch-frames sets another)"
+        )
+    return channels, (args.clip_len, side, side)

@@ -1,0 +1,226 @@
+"""Folders of images or clips to uint8 tensors and labels.
+
+Letters: C channels, T frames, H W height and width. One item is (C, H, W) or (C, T, H, W).
+"""
+
+import csv
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import seeds
+import torch
+from errors import UserError
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+CLIP_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, av.FFmpegError)
+
+
+def centre_crop(image, size):
+    """ADM's centre crop (Dhariwal & Nichol 2021): halve by box filter, then bicubic, then the middle.
+
+    image: a PIL image. Returns uint8 (size, size, 3).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(max(size, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def read_image(path):
+    """A file as an upright RGB image, whatever its mode: 16-bit is scaled, alpha dropped."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def frame_indices(count, num_frames, frame_interval=None, rng=None):
+    """Which of count frames to take, in order; a clip that is too short repeats its last frame.
+
+    Without frame_interval: num_frames spread evenly from the first to the last. With it: a random window
+    of frames that far apart, drawn from rng (the first window without one).
+    """
+    if frame_interval is None:
+        return [round(i * (count - 1) / max(1, num_frames - 1)) for i in range(num_frames)]
+    room = count - 1 - (num_frames - 1) * frame_interval
+    start = int(rng.integers(room + 1)) if rng is not None and room > 0 else 0
+    return [min(start + i * frame_interval, count - 1) for i in range(num_frames)]
+
+
+def decode_clip(path, num_frames, frame_interval=None, seed=()):
+    """Frames of a clip: a list of num_frames PIL images, chosen by frame_indices.
+
+    Always decodes from the start: seeks in B-frame MPEG-4 AVI land on wrong frames. The container's packet
+    count stands in for the number of frames, which headers misstate; should another number decode, the
+    choice is made again from that number. Raises OSError or ValueError if nothing decodes.
+    """
+    with av.open(os.fspath(path), metadata_errors="ignore") as container:
+        count = sum(packet.size > 0 for packet in container.demux(_video_stream(container, path)))
+    while True:
+        rng = np.random.default_rng(seed)
+        wanted = frame_indices(max(count, 1), num_frames, frame_interval, rng)
+        kept, decoded = {}, 0
+        with av.open(os.fspath(path), metadata_errors="ignore") as container:
+            stream = _video_stream(container, path)
+            stream.thread_count = 1
+            try:
+                for frame in container.decode(stream):
+                    if decoded in wanted:
+                        kept[decoded] = frame.to_image()
+                    decoded += 1
+                    if frame_interval is not None and decoded > wanted[-1]:
+                        break
+            except av.FFmpegError:
+                pass  # a truncated end: what was decoded before it still counts
+        if all(index in kept for index in wanted) and (frame_interval is not None or decoded == count):
+            return [kept[index] for index in wanted]
+        if decoded == 0:
+            raise ValueError("no frame decodes")
+        count = decoded
+
+
+def _video_stream(container, path):
+    if not container.streams.video:
+        raise ValueError(f"{path} has no video stream")
+    return container.streams.video[0]
+
+
+class LabelledFiles(Dataset):
+    """Image or clip files with class labels.
+
+    paths, labels: one per file. class_names: sorted; a label is an index into them. clip_len: frames of a
+    clip, None for images. An item is asked for by (epoch, index), of which its flip and window are a
+    function, and is (pixels uint8 (3, H, W) or (3, T, H, W), label, index of the file if it was bad else -1).
+    A bad file is replaced by another of its class; ValueError if that class has no good one.
+    """
+
+    def __init__(self, paths, labels, class_names, size, clip_len=None, frame_interval=None, flip=True, seed=0):
+        self.paths = np.array([os.fsencode(path) for path in paths])  # one block, which workers share
+        self.labels = np.array(labels)
+        self.class_names = class_names
+        self.size = size
+        self.clip_len = clip_len
+        self.frame_interval = frame_interval
+        self.flip = flip
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.paths)
+
+    def path(self, index):
+        return os.fsdecode(self.paths[index])
+
+    def read(self, index, epoch):
+        """One file: uint8 (3, H, W) or (3, T, H, W)."""
+        seed = (self.seed, epoch, index)
+        if self.clip_len is None:
+            frames = [read_image(self.path(index))]
+        else:
+            frames = decode_clip(self.path(index), self.clip_len, self.frame_interval, seed)
+        clip = np.stack([centre_crop(frame, self.size) for frame in frames])  # (T, H, W, 3)
+        if self.flip and seeds.mix(*seed) % 2:
+            clip = clip[:, :, ::-1]  # the whole clip, never frame by frame
+        clip = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))  # (3, T, H, W)
+        return clip if self.clip_len else clip[:, 0]
+
+    def __getitem__(self, key):
+        epoch, index = key
+        try:
+            return self.read(index, epoch), int(self.labels[index]), -1
+        except UNREADABLE:
+            peers = np.flatnonzero(self.labels == self.labels[index])
+        for peer in np.roll(peers, -1 - np.searchsorted(peers, index))[:-1]:
+            try:
+                return self.read(int(peer), epoch), int(self.labels[index]), index
+            except UNREADABLE:
+                continue
+        raise ValueError(f"no file of class {self.class_names[self.labels[index]]!r} can be read")
+
+
+def find_files(root, clips, csv_path=None):
+    """(paths, labels, class names) of a data folder.
+
+    Class folders `<root>/<class>/<file>`, or a flat folder of clips with a CSV `video_name,tag`: the one
+    given, else `<root>.csv` or the only CSV in the folder if there are no class folders. Raises UserError.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"--data-path {root} is not a folder; see datasets/README.md for the layouts")
+    extensions = CLIP_EXTENSIONS if clips else IMG_EXTENSIONS
+    kind = "clips" if clips else "images"
+    folders = any(entry.is_dir() for entry in os.scandir(root))
+    if clips and csv_path is None and not folders:
+        tables = [table for table in [root.with_suffix(".csv")] if table.is_file()] or list(root.glob("*.csv"))
+        csv_path = tables[0] if len(tables) == 1 else None
+    if csv_path is not None:
+        return _find_in_csv(root, Path(csv_path))
+    if not folders:
+        raise UserError(f"--data-path {root} has no class folders; expected {root}/<class>/<file>")
+    class_names, class_to_index = find_classes(root)
+    found = make_dataset(root, class_to_index, extensions=extensions, allow_empty=True)
+    if not found:
+        other = "; leave --video out for images" if clips else "; add --video for clips"
+        raise UserError(f"--data-path {root} holds no {kind} ({' '.join(extensions)}){other}")
+    paths, labels = zip(*found, strict=True)
+    return paths, labels, class_names
+
+
+def _find_in_csv(root, csv_path):
+    try:
+        with open(csv_path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--csv {csv_path} cannot be read: {error}") from None
+    if not rows or not {"video_name", "tag"} <= rows[0].keys():
+        raise UserError(f"--csv {csv_path} needs a header 'video_name,tag' and at least one row")
+    class_names = sorted({row["tag"] for row in rows})
+    class_to_index = {name: i for i, name in enumerate(class_names)}
+    labels = [class_to_index[row["tag"]] for row in rows]
+    return [root / row["video_name"] for row in rows], labels, class_names
+
+
+class Stream(Sampler):
+    """Endless batches of (epoch, index) keys, epoch after epoch without a seam, from any batch on.
+
+    Batch b of all ranks together is the same whatever their number: ranks take consecutive parts of it.
+    """
+
+    def __init__(self, length, batch_size, rank, world_size, seed, first_batch=0):
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.batch = first_batch
+
+    def __iter__(self):
+        epoch, order = -1, None
+        while True:
+            first = (self.batch * self.world_size + self.rank) * self.batch_size
+            keys = []
+            for position in range(first, first + self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch))
+                keys.append((epoch, int(order[position % self.length])))
+            self.batch += 1
+            yield keys
+
+
+def loader(dataset, stream, num_workers, pin_memory):
+    """Batches of (pixels uint8 (N, ...), labels (N,), bad file indices (N,)), without end."""
+    return DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

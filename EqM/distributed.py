@@ -1,0 +1,80 @@
+"""Processes and devices: one process or many under torchrun, on GPUs (NCCL) or CPUs (gloo)."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from errors import UserError
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def setup(device_name=None):
+    """Join the process group torchrun describes, or stand alone. Returns this process's Ranks.
+
+    device_name: "cuda", "cuda:1", "cpu", ...; None takes the GPU where there is one. Under torchrun each
+    process takes the GPU of its local rank. Raises UserError if that device is not there.
+    """
+    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(int(os.environ.get("RANK", 0)), world_size, device)
+
+
+def cleanup():
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean(tensor):
+    """Mean of a tensor over ranks. Every rank must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def broadcast(value):
+    """The main rank's value of a small Python object, on every rank."""
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box)
+        value = box[0]
+    return value
+
+
+def data_parallel(model, ranks):
+    """The model with gradients averaged over ranks; the model itself where there is one rank."""
+    if ranks.world_size == 1:
+        return model
+    devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)

@@ -1,0 +1,24 @@
+"""Exponential moving average of a model's weights."""
+
+from copy import deepcopy
+
+import torch
+
+
+class EMA:
+    """A frozen copy of a model, in .model, that follows it: ema <- decay ema + (1 - decay) weights."""
+
+    def __init__(self, model, decay=0.9999):
+        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._ours = [p for name, p in self.model.named_parameters() if name in trained]
+        self._theirs = [p for name, p in model.named_parameters() if name in trained]
+
+    @torch.no_grad()
+    def update(self, applied):
+        """Move towards the model. applied: 0-dim tensor, 1.0 if the optimizer took its step and 0.0 if it
+        skipped, in which case nothing changes. One foreach call; the host does not wait for the device.
+        """
+        weight = (1 - self.decay) * applied
+        torch._foreach_lerp_(self._ours, self._theirs, [weight] * len(self._ours))

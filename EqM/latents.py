@@ -1,0 +1,121 @@
+"""Between pixels and latents: the frozen autoencoder, frame by frame, in chunks.
+
+Letters: N batch, C channels, T frames, H W height and width, h w the same in latent units. Pixels are in
+[-1, 1]. Clips go through the autoencoder as N*T images.
+"""
+
+import json
+import os
+
+import torch
+from errors import UserError
+
+SD_SCALE = 0.18215  # standard deviation of Stable Diffusion's latents, inverted (arXiv 2112.10752)
+
+PUBLISHED = ("ema", "mse")
+
+
+def to_pixels(images):
+    """uint8 images, any shape, to [-1, 1] in FP32 on the same device."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(pixels):
+    """[-1, 1] to uint8, rounded and clamped as in the published sampler."""
+    return torch.clamp(127.5 * pixels + 128.0, 0, 255).to(torch.uint8)
+
+
+def fold(x):
+    """(N, C, T, H, W) -> (N*T, C, H, W); images pass."""
+    return x if x.ndim == 4 else x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold(frames, like):
+    """(N*T, C, h, w) -> (N, C, T, h, w) with N and T of `like`; images pass."""
+    return frames if like.ndim == 4 else frames.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+
+
+class PixelSpace:
+    """--vae none: latents are the pixels themselves."""
+
+    channels = 3
+    factor = 1
+
+    def encode(self, pixels):
+        return pixels
+
+    def decode(self, latents):
+        return latents
+
+
+class VAE:
+    """A frozen diffusers AutoencoderKL and its scaling: latents = (z - shift) * scale.
+
+    chunk: how many frames go through it at once.
+    """
+
+    def __init__(self, network, scale, shift=0.0, chunk=64):
+        self.network = network.eval().requires_grad_(False)
+        self.scale = scale
+        self.shift = shift
+        self.chunk = chunk
+
+    @torch.no_grad()
+    def encode(self, pixels):
+        """Draw latents (N, C, h, w) or (N, C, T, h, w) from the posterior of pixels (N, 3, [T,] H, W)."""
+        parts = [self._posterior(part) for part in fold(pixels).split(self.chunk)]
+        mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
+        z = mean + std * torch.randn_like(mean)
+        return unfold((z - self.shift) * self.scale, pixels)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Pixels (N, 3, [T,] H, W) of latents (N, C, [T,] h, w)."""
+        z = fold(latents) / self.scale + self.shift
+        return unfold(torch.cat([self._decoded(part) for part in z.split(self.chunk)]), latents)
+
+    def _posterior(self, images):
+        posterior = self.network.encode(images).latent_dist
+        return posterior.mean, posterior.std
+
+    def _decoded(self, z):
+        return self.network.decode(z).sample
+
+
+def geometry(name):
+    """(latent channels, pixels per latent) of the autoencoder `--vae` names, without loading it."""
+    if name == "none":
+        return PixelSpace.channels, PixelSpace.factor
+    if name in PUBLISHED:
+        return 4, 8
+    try:
+        with open(os.path.join(name, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"--vae {name} is neither ema, mse, none nor a folder with an AutoencoderKL (a readable config.json)"
+        ) from None
+
+
+def load(name, device):
+    """The autoencoder `--vae` names: none, ema, mse (Stable Diffusion's), or a local AutoencoderKL folder.
+
+    Raises UserError if it cannot be had, one line that names the alternatives.
+    """
+    if name == "none":
+        return PixelSpace()
+    from diffusers import AutoencoderKL  # seconds to import, and pixel-space runs do without
+
+    published = name in PUBLISHED
+    try:
+        network = AutoencoderKL.from_pretrained(f"stabilityai/sd-vae-ft-{name}" if published else name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if published:
+            advice = "without network or cached weights use --vae none (pixels) or --vae DIR (a local AutoencoderKL)"
+            raise UserError(f"the {name} VAE cannot be loaded: {advice}. Cause: {reason}") from None
+        raise UserError(f"--vae {name} does not load as a diffusers AutoencoderKL: {reason}") from None
+    scale = SD_SCALE if published else network.config.scaling_factor
+    shift = 0.0 if published else network.config.shift_factor or 0.0
+    return VAE(network.to(device), scale, shift)

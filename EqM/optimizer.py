@@ -1,0 +1,65 @@
+"""AdamW in one fused kernel, and a learning-rate schedule that counts only steps that were taken."""
+
+import math
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+SCHEDULES = ("constant", "cosine")
+
+
+def adamw(model, lr):
+    """AdamW as published: default betas, no weight decay. Fused: it can skip a step inside the kernel.
+
+    All parameters are listed, frozen ones too, since checkpoints count them.
+    """
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def clip_gradients(model, max_norm=None):
+    """Scale gradients down to max_norm if given. Returns their norm before that, a 0-dim tensor."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+class Schedule:
+    """Learning rate by steps taken: linear warm-up, then constant or cosine to zero at total.
+
+    A skipped step must not advance it, and whether one was skipped only the device knows: so the count and
+    the rate are tensors there, and the host never waits for them.
+    """
+
+    def __init__(self, optimizer, kind, warmup, total, device):
+        self.optimizer = optimizer
+        self.kind = kind
+        self.warmup = warmup
+        self.total = total
+        self.base = optimizer.param_groups[0]["lr"]
+        self.taken = torch.zeros((), device=device)
+        self.varies = kind != "constant" or warmup > 0
+        if self.varies:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=device)
+            self._set()
+
+    def advance(self, applied):
+        """applied: 0-dim tensor, 1.0 if the optimizer took its step, else 0.0."""
+        self.taken += applied
+        if self.varies:
+            self._set()
+
+    def restore(self, taken):
+        """Continue after that many steps taken."""
+        self.taken.fill_(taken)
+        if self.varies:
+            self._set()
+
+    def _set(self):
+        factor = torch.clamp((self.taken + 1) / max(1, self.warmup), max=1)
+        if self.kind == "cosine":
+            factor = factor * 0.5 * (1 + torch.cos(math.pi * torch.clamp(self.taken / self.total, max=1)))
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(self.base * factor)

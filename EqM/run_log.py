@@ -1,0 +1,103 @@
+"""What a run tells: log.txt, metrics.csv, and trackers when asked for. Only the main rank writes."""
+
+import csv
+import time
+from datetime import datetime
+from pathlib import Path
+
+import distributed
+import torch
+from errors import UserError
+from tqdm import tqdm
+
+
+def new_run_folder(results_dir, model, path_type, prediction, loss_weight):
+    """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path."""
+    root = Path(results_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [int(entry.name.split("-")[0]) for entry in root.iterdir() if entry.name.split("-")[0].isdigit()]
+        name = f"{max(taken, default=-1) + 1:03d}-{model.replace('/', '-')}-{path_type}-{prediction}-{loss_weight}"
+        (root / name / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--results-dir {results_dir} cannot be written: {error.strerror}") from None
+    return root / name
+
+
+class RunLog:
+    """Lines to the terminal and log.txt, and one row of figures per logged step to metrics.csv.
+
+    folder: the run's; None keeps silent (ranks other than the main one).
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._csv = None
+        if folder is not None:
+            self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
+
+    def info(self, message):
+        if self.folder is None:
+            return
+        line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}"
+        tqdm.write(line)
+        self._text.write(line + "\n")
+
+    def step(self, step, figures):
+        """Log figures, a dict in order of which "Train Loss" and "Train Steps/Sec" come first."""
+        if self.folder is None:
+            return
+        fields = ", ".join(f"{name}: {_format(name, value)}" for name, value in figures.items())
+        self.info(f"(step={step:07d}) {fields}")
+        self._row({"step": step, **figures})
+
+    def _row(self, row):
+        path = self.folder / "metrics.csv"
+        new = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def _format(name, value):
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.2f}" if "/Sec" in name or "GiB" in name else f"{value:.4f}"
+
+
+class Clock:
+    """Steps per second since the last question."""
+
+    def __init__(self):
+        self.since, self.steps = time.perf_counter(), 0
+
+    def rate(self):
+        now = time.perf_counter()
+        rate = self.steps / (now - self.since)
+        self.since, self.steps = now, 0
+        return rate
+
+
+class Meter:
+    """Running means of figures that live on the device; the host waits for them only when it asks."""
+
+    def __init__(self, device):
+        self.device = device
+        self.sums, self.counts = {}, {}
+
+    @torch.no_grad()
+    def add(self, name, value, weight=1.0):
+        """Take in a 0-dim tensor. weight: 0-dim tensor or float; a value of weight 0 may be inf or NaN."""
+        zero = torch.zeros((), device=self.device)
+        self.sums[name] = self.sums.get(name, zero) + torch.where(weight > zero, value.detach() * weight, zero)
+        self.counts[name] = self.counts.get(name, zero) + weight
+
+    def means(self):
+        """Means over steps and ranks since the last call, as floats; nan where nothing came in."""
+        both = distributed.mean(torch.stack([*self.sums.values(), *self.counts.values()]))
+        sums, counts = both.view(2, -1).tolist()
+        names = list(self.sums)
+        self.sums, self.counts = {}, {}
+        return {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}

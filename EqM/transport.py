@@ -1,0 +1,139 @@
+"""Paths between noise and data, the EqM target, and the training losses.
+
+Knows nothing of models or devices: everything follows the tensors it is given. x1 is data, x0 noise, and
+x_t = alpha(t) x1 + sigma(t) x0 runs from noise at t = 0 to data at t = 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+PATHS = ("Linear", "GVP", "VP")
+PREDICTIONS = ("velocity", "score", "noise")
+LOSS_WEIGHTS = ("None", "velocity", "likelihood")
+
+VP_SIGMA_MIN, VP_SIGMA_MAX = 0.1, 20.0
+
+
+def expand_like(t, x):
+    """t: (N,) -> (N, 1, ..., 1) with as many dimensions as x."""
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def c(t):
+    """Magnitude of the EqM target, c(t) = 4 min(1, (1 - t) / (1 - 0.8)): flat, then down to 0 at data."""
+    return 4 * torch.clamp((1 - t) / (1 - 0.8), max=1)
+
+
+def mean_flat(x):
+    """Mean over all but the batch dimension: (N, ...) -> (N,)."""
+    return x.flatten(1).mean(1)
+
+
+def dispersive_loss(tokens):
+    """InfoNCE-L2 dispersive loss (Wang & He 2025, arXiv 2506.09027) of a batch of activations, a scalar.
+
+    tokens: (N, ...), flattened to (N, dim). log of the mean over all N x N pairs, diagonal included, of
+    exp(-d^2 / dim). In FP32: the square of a distance over 10^5 dimensions does not fit FP16.
+    """
+    z = tokens.float().flatten(1)
+    N, dim = z.shape
+    squared = torch.nn.functional.pdist(z).square() / dim  # the N (N - 1) / 2 pairs above the diagonal
+    pairs = torch.cat([-squared, -squared, z.new_zeros(N)])
+    return pairs.logsumexp(0) - 2 * math.log(N)
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A point x_t of the path of each sample and what the model should say there."""
+
+    x0: torch.Tensor  # (N, ...) noise
+    xt: torch.Tensor  # (N, ...)
+    t: torch.Tensor  # (N,)
+    target: torch.Tensor  # (N, ...) EqM velocity target (d alpha x1 + d sigma x0) c(t)
+
+
+class Transport:
+    """A path, what the model predicts on it, and how the loss is weighted.
+
+    path_type: Linear, GVP or VP. prediction: velocity (the EqM field), score or noise.
+    loss_weight: None, velocity or likelihood; it weighs score and noise predictions (SiT, arXiv 2401.08740).
+    train_eps, sample_eps: how far t stays from the ends that are singular for this path and prediction;
+    None means 0 where nothing is singular, else 1e-3 (1e-5 for training on VP).
+    """
+
+    def __init__(self, path_type="Linear", prediction="velocity", loss_weight="None", train_eps=None, sample_eps=None):
+        regular = path_type != "VP" and prediction == "velocity"
+        default_train = 0.0 if regular else 1e-5 if path_type == "VP" else 1e-3
+        default_sample = 0.0 if regular else 1e-3
+        self.path_type = path_type
+        self.prediction = prediction
+        self.loss_weight = loss_weight
+        self.train_eps = default_train if train_eps is None else train_eps
+        self.sample_eps = default_sample if sample_eps is None else sample_eps
+
+    def coefficients(self, t):
+        """(alpha, sigma, d alpha / dt, d sigma / dt) at t, each shaped like t."""
+        if self.path_type == "Linear":
+            return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+        if self.path_type == "GVP":
+            angle = t * math.pi / 2
+            alpha, sigma = angle.sin(), angle.cos()
+            return alpha, sigma, sigma * math.pi / 2, -alpha * math.pi / 2
+        spread = VP_SIGMA_MAX - VP_SIGMA_MIN
+        log_alpha = -0.25 * (1 - t) ** 2 * spread - 0.5 * (1 - t) * VP_SIGMA_MIN
+        slope = 0.5 * (1 - t) * spread + 0.5 * VP_SIGMA_MIN
+        alpha = log_alpha.exp()
+        sigma = (-torch.expm1(2 * log_alpha)).sqrt()
+        return alpha, sigma, slope * alpha, -slope * alpha.square() / sigma
+
+    def interval(self, eps):
+        """(t_start, t_end) that keeps eps away from the singular ends.
+
+        VP is singular at t = 1, where sigma is 0. Score and noise predictions on Linear and GVP are
+        singular at both ends: their drift divides by alpha at 0, their weights by sigma at 1.
+        """
+        if self.path_type == "VP":
+            return 0.0, 1.0 - eps
+        if self.prediction == "velocity":
+            return 0.0, 1.0
+        return eps, 1.0 - eps
+
+    def sample(self, x1):
+        """Draw noise and a time for each sample of x1, shaped (N, ...): a PathPoint in FP32."""
+        x1 = x1.float()
+        x0 = torch.randn_like(x1)
+        start, end = self.interval(self.train_eps)
+        t = start + (end - start) * torch.rand(x1.shape[0], device=x1.device)
+        return self.plan(x0, x1, t)
+
+    def plan(self, x0, x1, t):
+        """The PathPoint at times t, shaped (N,), between noise x0 and data x1."""
+        alpha, sigma, d_alpha, d_sigma = (expand_like(value, x1) for value in self.coefficients(t))
+        target = (d_alpha * x1 + d_sigma * x0) * c(expand_like(t, x1))
+        return PathPoint(x0, alpha * x1 + sigma * x0, t, target)
+
+    def weight(self, t):
+        """Loss weight of score and noise predictions at t, (N,)."""
+        if self.loss_weight == "None":
+            return torch.ones_like(t)
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
+        diffusion = d_alpha / alpha * sigma.square() - sigma * d_sigma
+        return (diffusion / sigma).square() if self.loss_weight == "velocity" else diffusion / sigma.square()
+
+    def loss(self, output, point):
+        """Loss of each sample, (N,), in FP32. output: the model's, shaped like point.xt."""
+        output = output.float()
+        if self.prediction == "velocity":
+            return mean_flat((output - point.target).square())
+        if self.prediction == "noise":
+            error = output - point.x0
+        else:
+            sigma = self.coefficients(point.t)[1]
+            error = expand_like(sigma, output) * output + point.x0
+        return self.weight(point.t) * mean_flat(error.square())
+
+    def field(self, output):
+        """What a sampler climbs, from what the model says: noise points away from data, the others to it."""
+        return -output if self.prediction == "noise" else output
