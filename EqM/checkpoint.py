@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+
 from errors import UserError
 
 SHOWN = 3  # how many differing keys a message names

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-import seeds
 import torch
-from errors import UserError
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+import seeds
+from errors import UserError
 
 CLIP_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, av.FFmpegError)

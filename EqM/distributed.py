@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from errors import UserError
 from torch.nn.parallel import DistributedDataParallel
+
+from errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import os
 
 import torch
+
 from errors import UserError
 
 SD_SCALE = 0.18215  # standard deviation of Stable Diffusion's latents, inverted (arXiv 2112.10752)

@@ -5,10 +5,11 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-import distributed
 import torch
-from errors import UserError
 from tqdm import tqdm
+
+import distributed
+from errors import UserError
 
 
 def new_run_folder(results_dir, model, path_type, prediction, loss_weight):
@@ -32,7 +33,6 @@ class RunLog:
 
     def __init__(self, folder):
         self.folder = folder
-        self._csv = None
         if folder is not None:
             self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
 

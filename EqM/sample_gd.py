@@ -10,6 +10,9 @@ import csv
 from functools import partial
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 import checkpoint
 import cli
 import distributed
@@ -17,10 +20,8 @@ import latents
 import media
 import samplers
 import seeds
-import torch
 from errors import UserError
 from models import EqM_models
-from tqdm import tqdm
 from transport import Transport
 
 SHEET_SIZE = 64  # samples on the contact sheet

@@ -10,6 +10,9 @@ import argparse
 import math
 from contextlib import nullcontext
 
+import torch
+from tqdm import trange
+
 import checkpoint
 import cli
 import data
@@ -18,11 +21,9 @@ import latents
 import optimizer as optim
 import run_log
 import seeds
-import torch
 from ema import EMA
 from errors import UserError
 from models import EqM_models
-from tqdm import trange
 from transport import LOSS_WEIGHTS, Transport, dispersive_loss
 
 
