@@ -192,7 +192,7 @@ class EqM(nn.Module):
 
         self.patch = patch
         self.grid = tuple(side // step for side, step in zip(size, patch, strict=True))
-        self.in_channels = in_channels
+        self.input_shape = (in_channels, *size)
         self.learn_sigma = learn_sigma
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes = num_classes
