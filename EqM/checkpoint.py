@@ -94,6 +94,30 @@ def load_weights(model, state, path, trained_with):
     model.load_state_dict(state)
 
 
+def newest(results_dir, same_run):
+    """(path, content) of the newest good checkpoint of the newest run for which same_run(args), or None.
+
+    Files that are cut short are passed over: a kill in mid-save cannot leave one, but a full disk of an
+    older version could.
+    """
+    for run in sorted(Path(results_dir).glob("[0-9][0-9][0-9]*-*"), reverse=True):
+        for path in sorted(run.glob("checkpoints/[0-9]*.pt"), reverse=True):
+            try:
+                content = load(path)
+            except UserError:
+                continue
+            if same_run(content["args"]):
+                return path, content
+            break
+    return None
+
+
+def prune(folder, keep):
+    """Remove all but the newest `keep` checkpoints of a run."""
+    for path in sorted(Path(folder).glob("[0-9]*.pt"))[:-keep]:
+        path.unlink(missing_ok=True)
+
+
 def load_optimizer(optimizer, state):
     """Load moments and step counts; the learning rate and the kernel stay this run's own."""
     ours = optimizer.state_dict()

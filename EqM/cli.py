@@ -5,6 +5,8 @@ import math
 import os
 import sys
 
+import torch.distributed as dist
+
 import latents
 from errors import UserError
 from models import EBM_KINDS, EqM_models
@@ -54,6 +56,9 @@ def run(main):
         where = f" (rank {rank})" if rank != "0" else ""
         complain(f"{os.path.basename(sys.argv[0])}: error{where}: {error}")
         sys.exit(2)
+    except dist.DistBackendError:
+        complain("this rank stops because another one did; its own message says why")
+        sys.exit(1)
 
 
 def number(kind, low, high=math.inf, open_low=False):
@@ -164,6 +169,19 @@ def settle(args, trained_with):
                 f"{flag} {given} contradicts the checkpoint, which was trained with {trained}; leave it out"
             )
         setattr(args, name, given if given is not None else default if trained is None else trained)
+
+
+def build_model(args):
+    """The network the settled args describe, on the CPU in FP32. Raises UserError as check_geometry does."""
+    channels, input_size = check_geometry(args)
+    return EqM_models[args.model](
+        input_size=input_size,
+        num_classes=args.num_classes,
+        in_channels=channels,
+        uncond=args.uncond,
+        ebm=args.ebm,
+        patch_frames=args.patch_frames,
+    )
 
 
 def check_geometry(args):

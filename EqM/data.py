@@ -5,6 +5,7 @@ Letters: C channels, T frames, H W height and width. One item is (C, H, W) or (C
 
 import csv
 import os
+import signal
 from pathlib import Path
 
 import av
@@ -188,6 +189,31 @@ def _find_in_csv(root, csv_path):
     return [root / row["video_name"] for row in rows], labels, class_names
 
 
+class BadFiles:
+    """Tells each file that does not decode once, and stops the run when there are too many.
+
+    limit: largest tolerated share of the data set.
+    """
+
+    def __init__(self, dataset, limit, tell):
+        self.dataset = dataset
+        self.limit = limit
+        self.tell = tell
+        self.seen = set()
+
+    def note(self, indices):
+        """indices: of one batch, -1 where the file was good. Raises UserError past the limit."""
+        for index in set(indices.tolist()) - self.seen - {-1}:
+            self.seen.add(index)
+            self.tell(f"{self.dataset.path(index)} does not decode; another file of its class stands in")
+        if len(self.seen) > max(1, self.limit * len(self.dataset)):
+            names = ", ".join(sorted(self.dataset.path(index) for index in self.seen)[:10])
+            raise UserError(
+                f"{len(self.seen)} of {len(self.dataset)} files do not decode, more than --max-bad-fraction "
+                f"{self.limit:g}: {names}{', ...' if len(self.seen) > 10 else ''}"
+            )
+
+
 class Stream(Sampler):
     """Endless batches of (epoch, index) keys, epoch after epoch without a seam, from any batch on.
 
@@ -216,12 +242,33 @@ class Stream(Sampler):
             yield keys
 
 
-def loader(dataset, stream, num_workers, pin_memory):
-    """Batches of (pixels uint8 (N, ...), labels (N,), bad file indices (N,)), without end."""
-    return DataLoader(
+def read(dataset, stream, num_workers, pin_memory):
+    """Batches of (pixels uint8 (N, ...), labels (N,), bad file indices (N,)), without end.
+
+    Raises UserError with the cause if a worker dies or a class has no file that decodes.
+    """
+    loader = DataLoader(
         dataset,
         batch_sampler=stream,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_parent,
     )
+    try:
+        yield from loader
+    except ValueError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"a data worker died ({cause}); if memory ran out, use fewer --num-workers") from None
+
+
+def _leave_signals_to_parent(worker):
+    """Ctrl-C reaches workers too, and the trainer's own handlers are inherited: neither is theirs to act on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

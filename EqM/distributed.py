@@ -1,6 +1,7 @@
 """Processes and devices: one process or many under torchrun, on GPUs (NCCL) or CPUs (gloo)."""
 
 import os
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,15 @@ def mean(tensor):
     return tensor
 
 
+def gather(tensor):
+    """The tensors of all ranks, in order, on the CPU. Every rank must call it."""
+    if not dist.is_initialized():
+        return [tensor.cpu()]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return [part.cpu() for part in parts]
+
+
 def broadcast(value):
     """The main rank's value of a small Python object, on every rank."""
     if dist.is_initialized():
@@ -71,6 +81,42 @@ def broadcast(value):
         dist.broadcast_object_list(box)
         value = box[0]
     return value
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) to any rank: all ranks stop after the same step.
+
+    A second signal kills the process at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, ranks):
+        self.asked = False
+        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._flag = self._pending = None
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.asked = True
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    def agreed(self):
+        """Whether to stop now, the same on all ranks, each of which must ask once a step.
+
+        The ranks' answers travel on the CPU while the next step runs, so this does not wait for the device.
+        """
+        if self._group is None:
+            return self.asked
+        stop = False
+        if self._pending is not None:
+            self._pending.wait()
+            stop = bool(self._flag.item())
+        self._flag = torch.tensor(int(self.asked))
+        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return stop
 
 
 def data_parallel(model, ranks):

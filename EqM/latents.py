@@ -6,9 +6,11 @@ Letters: N batch, C channels, T frames, H W height and width, h w the same in la
 
 import json
 import os
+import warnings
 
 import torch
 
+import precision
 from errors import UserError
 
 SD_SCALE = 0.18215  # standard deviation of Stable Diffusion's latents, inverted (arXiv 2112.10752)
@@ -52,11 +54,15 @@ class PixelSpace:
 class VAE:
     """A frozen diffusers AutoencoderKL and its scaling: latents = (z - shift) * scale.
 
-    chunk: how many frames go through it at once.
+    run_in: the network's Precision; the posterior is sampled in FP32 in any case. chunk: how many
+    frames go through it at once.
     """
 
-    def __init__(self, network, scale, shift=0.0, chunk=64):
+    def __init__(self, network, run_in, scale, shift=0.0, chunk=64):
         self.network = network.eval().requires_grad_(False)
+        self.run_in = run_in
+        if run_in.name == "bf16":
+            run_in.cast_weights(self.network)  # FP16 keeps FP32 weights, to fall back on
         self.scale = scale
         self.shift = shift
         self.chunk = chunk
@@ -76,11 +82,22 @@ class VAE:
         return unfold(torch.cat([self._decoded(part) for part in z.split(self.chunk)]), latents)
 
     def _posterior(self, images):
-        posterior = self.network.encode(images).latent_dist
-        return posterior.mean, posterior.std
+        moments = self._run(lambda: self.network.encode(images).latent_dist.parameters)
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def _decoded(self, z):
-        return self.network.decode(z).sample
+        return self._run(lambda: self.network.decode(z).sample)
+
+    def _run(self, function):
+        """The network's result in FP32. If FP16 overflows, this and all that follows is done in FP32."""
+        with self.run_in.autocast():
+            result = function().float()
+        if self.run_in.name == "fp16" and not torch.isfinite(result).all():
+            warnings.warn("the autoencoder overflows in FP16; it goes on in FP32 (--vae-precision fp32)", stacklevel=2)
+            self.run_in = precision.fp32(result.device)
+            return self._run(function)
+        return result
 
 
 def geometry(name):
@@ -99,8 +116,10 @@ def geometry(name):
         ) from None
 
 
-def load(name, device):
+def load(name, run_in):
     """The autoencoder `--vae` names: none, ema, mse (Stable Diffusion's), or a local AutoencoderKL folder.
+
+    run_in: the Precision of its network, on whose device it is put.
 
     Raises UserError if it cannot be had, one line that names the alternatives.
     """
@@ -119,4 +138,4 @@ def load(name, device):
         raise UserError(f"--vae {name} does not load as a diffusers AutoencoderKL: {reason}") from None
     scale = SD_SCALE if published else network.config.scaling_factor
     shift = 0.0 if published else network.config.shift_factor or 0.0
-    return VAE(network.to(device), scale, shift)
+    return VAE(network.to(run_in.device), run_in, scale, shift)

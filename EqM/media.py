@@ -41,17 +41,14 @@ def load_sample(path):
 
 
 def save_npz(path, images):
-    """Write an iterator of uint8 (H, W, 3) as arr_0 (N, H, W, 3), one image in memory at a time.
-
-    images: a list of paths of .png files.
-    """
+    """Write .png files as arr_0, uint8 (N, H, W, 3), with one image in memory at a time. images: their paths."""
     first = load_sample(images[0])[0]
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first.shape)}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for image in images:
-                file.write(load_sample(image)[0].tobytes())
+    archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+    with archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in images:
+            file.write(load_sample(image)[0].tobytes())
 
 
 def contact_sheet(samples, names, columns=None, scale_to=96):

@@ -51,9 +51,11 @@ class Schedule:
         if self.varies:
             self._set()
 
-    def restore(self, taken):
-        """Continue after that many steps taken."""
-        self.taken.fill_(taken)
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken.copy_(state["taken"])
         if self.varies:
             self._set()
 

@@ -1,6 +1,7 @@
 """What a run tells: log.txt, metrics.csv, and trackers when asked for. Only the main rank writes."""
 
 import csv
+import resource
 import time
 from datetime import datetime
 from pathlib import Path
@@ -12,29 +13,36 @@ import distributed
 from errors import UserError
 
 
-def new_run_folder(results_dir, model, path_type, prediction, loss_weight):
+def new_run_folder(args):
     """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path."""
-    root = Path(results_dir)
+    root = Path(args.results_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
         taken = [int(entry.name.split("-")[0]) for entry in root.iterdir() if entry.name.split("-")[0].isdigit()]
-        name = f"{max(taken, default=-1) + 1:03d}-{model.replace('/', '-')}-{path_type}-{prediction}-{loss_weight}"
+        kind = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
+        name = f"{max(taken, default=-1) + 1:03d}-{kind}"
         (root / name / "checkpoints").mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--results-dir {results_dir} cannot be written: {error.strerror}") from None
+        raise UserError(f"--results-dir {root} cannot be written: {error.strerror}") from None
     return root / name
 
 
 class RunLog:
-    """Lines to the terminal and log.txt, and one row of figures per logged step to metrics.csv.
+    """Lines to the terminal and log.txt, one row of figures per logged step to metrics.csv, and trackers.
 
-    folder: the run's; None keeps silent (ranks other than the main one).
+    folder: the run's; None keeps silent (ranks other than the main one). args: the run's, for the trackers
+    that args.wandb and args.tensorboard ask for.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, args):
         self.folder = folder
+        self.trackers = []
         if folder is not None:
-            self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
+            self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            if args.wandb:
+                self.trackers.append(_wandb(folder, args))
+            if args.tensorboard:
+                self.trackers.append(_tensorboard(folder))
 
     def info(self, message):
         if self.folder is None:
@@ -50,6 +58,8 @@ class RunLog:
         fields = ", ".join(f"{name}: {_format(name, value)}" for name, value in figures.items())
         self.info(f"(step={step:07d}) {fields}")
         self._row({"step": step, **figures})
+        for track in self.trackers:
+            track(figures, step)
 
     def _row(self, row):
         path = self.folder / "metrics.csv"
@@ -67,11 +77,45 @@ def _format(name, value):
     return f"{value:.2f}" if "/Sec" in name or "GiB" in name else f"{value:.4f}"
 
 
+def _wandb(folder, args):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb package: pip install wandb") from None
+    wandb.init(project="EqM", name=folder.name, dir=str(folder), config=vars(args))
+    return wandb.log
+
+
+def _tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
+    writer = SummaryWriter(folder)
+
+    def track(figures, step):
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def peak_memory(device):
+    """Most memory in use so far, in GiB: of the GPU by PyTorch, on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
 class Clock:
     """Steps per second since the last question."""
 
     def __init__(self):
         self.since, self.steps = time.perf_counter(), 0
+
+    def tick(self):
+        self.steps += 1
 
     def rate(self):
         now = time.perf_counter()
@@ -94,10 +138,23 @@ class Meter:
         self.sums[name] = self.sums.get(name, zero) + torch.where(weight > zero, value.detach() * weight, zero)
         self.counts[name] = self.counts.get(name, zero) + weight
 
+    def _stacked(self):
+        return torch.stack([*self.sums.values(), *self.counts.values()])
+
+    def state_dict(self):
+        """What has come in on every rank since the last means(). Every rank must call it."""
+        return {"names": list(self.sums), "ranks": distributed.gather(self._stacked()) if self.sums else []}
+
+    def load_state_dict(self, state, rank):
+        """Take up where this rank was; from another number of ranks, or between log lines, start empty."""
+        if rank < len(state["ranks"]):
+            sums, counts = state["ranks"][rank].to(self.device).view(2, -1).unbind()
+            self.sums = dict(zip(state["names"], sums.unbind(), strict=True))
+            self.counts = dict(zip(state["names"], counts.unbind(), strict=True))
+
     def means(self):
         """Means over steps and ranks since the last call, as floats; nan where nothing came in."""
-        both = distributed.mean(torch.stack([*self.sums.values(), *self.counts.values()]))
-        sums, counts = both.view(2, -1).tolist()
+        sums, counts = distributed.mean(self._stacked()).view(2, -1).tolist()
         names = list(self.sums)
         self.sums, self.counts = {}, {}
         return {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}

@@ -18,10 +18,10 @@ import cli
 import distributed
 import latents
 import media
+import precision
 import samplers
 import seeds
 from errors import UserError
-from models import EqM_models
 from transport import Transport
 
 SHEET_SIZE = 64  # samples on the contact sheet
@@ -32,6 +32,7 @@ def parse_args():
     cli.add_model(parser, from_checkpoint=True)
     cli.add_transport(parser, from_checkpoint=True)
     cli.add_sampler(parser)
+    precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("samples")
     group.add_argument("--ckpt", required=True, help="checkpoint; its EMA weights are sampled")
@@ -69,24 +70,17 @@ def draw(seed, index, shape, labels):
 def main():
     args = parse_args()
     ranks = distributed.setup(args.device)
+    run_in = precision.resolve(args, ranks.device)
     saved = checkpoint.load(args.ckpt)
     cli.settle(args, saved["args"])
-    channels, input_size = cli.check_geometry(args)
     class_names = saved.get("class_names") or [str(i) for i in range(args.num_classes)]
     class_names = class_names + [str(i) for i in range(len(class_names), args.num_classes)]
     labels = pick_classes(args.classes, class_names) if args.classes else args.num_classes
 
-    model = EqM_models[args.model](
-        input_size=input_size,
-        num_classes=args.num_classes,
-        in_channels=channels,
-        uncond=args.uncond,
-        ebm=args.ebm,
-        patch_frames=args.patch_frames,
-    )
+    model = cli.build_model(args)
     checkpoint.load_weights(model, saved["ema"], args.ckpt, saved["args"])
-    model = model.to(ranks.device).eval().requires_grad_(False)
-    autoencoder = latents.load(args.vae, ranks.device)
+    model = run_in.cast_weights(model.to(ranks.device).eval().requires_grad_(False))
+    autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
     transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
     interval = transport.interval(transport.sample_eps)
     mu = args.mu if args.sampler == "ngd" else 0.0
@@ -96,10 +90,11 @@ def main():
     suffix = args.clip_format if args.video else "png"
     batch_size = max(1, args.global_batch_size // ranks.world_size)
     indices = range(ranks.rank, args.num_fid_samples, ranks.world_size)
-    shape = (channels, input_size, input_size) if isinstance(input_size, int) else (channels, *input_size)
+    shape = model.input_shape
 
     def field(x, t, y):
-        return transport.field(model(x, t, y))
+        with run_in.autocast():
+            return transport.field(model(x, t, y))
 
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]

@@ -1,9 +1,10 @@
 """Train an EqM model on images or clips.
 
-    torchrun --nproc_per_node=N EqM/train.py --data-path DIR --model EqM-XL/2
-    python EqM/train.py --data-path DIR --model EqM-S/4 --video --clip-len 4
+    torchrun --nproc_per_node=N EqM/train.py --data-path DIR --model EqM-XL/2 --use-bf16
+    python EqM/train.py --data-path DIR --model EqM-S/4 --video --clip-len 4 --use-amp
 
-Reads top to bottom: arguments, what they build, one loop, what is saved.
+Reads top to bottom: arguments, data, what is saved and resumed, and in main() one loop. Every precision takes
+the same path through it: autocast and the scaler do nothing where they are not needed.
 """
 
 import argparse
@@ -19,11 +20,11 @@ import data
 import distributed
 import latents
 import optimizer as optim
+import precision
 import run_log
 import seeds
 from ema import EMA
 from errors import UserError
-from models import EqM_models
 from transport import LOSS_WEIGHTS, Transport, dispersive_loss
 
 
@@ -32,27 +33,23 @@ def parse_args():
     switch = argparse.BooleanOptionalAction
     cli.add_model(parser)
     cli.add_transport(parser)
+    precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", required=True, help="folder <class>/<file>, or clips with a CSV")
     group.add_argument("--csv", help="labels of a flat folder of clips: video_name,tag")
     group.add_argument(
-        "--frame-interval",
-        type=cli.positive_int,
-        help="random windows of frames this far apart; left out: frames spread over the clip",
+        "--frame-interval", type=cli.positive_int, help="random windows of frames this far apart; left out: whole clip"
     )
     group.add_argument("--flip", action=switch, default=True, help="mirror half of the images or clips")
     group.add_argument("--num-workers", type=cli.count, default=4, help="decoding processes per rank")
+    group.add_argument("--max-bad-fraction", type=cli.fraction, default=0.01, help="files that may fail to decode")
     group = parser.add_argument_group("training")
-    group.add_argument("--loss-weight", choices=LOSS_WEIGHTS, default="None", help="weight of score and noise losses")
-    group.add_argument(
-        "--train-eps",
-        type=cli.fraction,
-        help="training stays this far from singular ends of t; left out: what the path needs",
-    )
+    group.add_argument("--loss-weight", choices=LOSS_WEIGHTS, default="None", help="of score and noise predictions")
+    group.add_argument("--train-eps", type=cli.fraction, help="distance from singular ends of t; left out: as needed")
     group.add_argument("--disp", action=switch, default=False, help="add 0.5 x the dispersive loss")
     group.add_argument("--epochs", type=cli.positive_int, default=80, help="passes over the data")
-    group.add_argument("--max-steps", type=cli.positive_int, help="stop after this many steps in all")
+    group.add_argument("--max-steps", type=cli.positive_int, help="at most this many steps in all")
     group.add_argument("--lr", type=cli.positive, default=1e-4, help="AdamW's learning rate")
     group.add_argument("--lr-schedule", choices=optim.SCHEDULES, default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=cli.count, default=0, help="steps of linear warm-up")
@@ -61,16 +58,32 @@ def parse_args():
     group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
     group = parser.add_argument_group("run")
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
-    group.add_argument("--ckpt", help="checkpoint to continue, or published weights to start from")
+    group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
+    group.add_argument("--auto-resume", action=switch, default=False, help="--ckpt latest where there is one")
     group.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=cli.positive_int, default=50_000, help="steps between checkpoints")
+    group.add_argument("--keep-checkpoints", type=cli.positive_int, help="remove all but this many newest")
+    group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
+    group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
     args = parser.parse_args()
     cli.check_geometry(args)
     return args
 
 
-def open_stream(args, dataset, ranks, first_step):
-    """Endless (latents-to-be, labels) batches for this rank, starting at a step, on the device."""
+def open_dataset(args):
+    """The files of --data-path; settles args.num_classes."""
+    paths, labels, class_names = data.find_files(args.data_path, args.video, args.csv)
+    args.num_classes = args.num_classes or len(class_names)
+    if args.num_classes < len(class_names):
+        raise UserError(f"--num-classes {args.num_classes} is too small: the data has {len(class_names)} classes")
+    clip_len = args.clip_len if args.video else None
+    return data.LabelledFiles(
+        paths, labels, class_names, args.image_size, clip_len, args.frame_interval, args.flip, args.global_seed
+    )
+
+
+def batches(args, dataset, ranks, first_step, log):
+    """Endless (pixels FP32 in [-1, 1], labels) micro-batches of this rank from a step on, on the device."""
     per_rank, left = divmod(args.global_batch_size, ranks.world_size * args.grad_accum_steps)
     if left:
         raise UserError(
@@ -79,125 +92,161 @@ def open_stream(args, dataset, ranks, first_step):
         )
     first_batch = first_step * args.grad_accum_steps
     keys = data.Stream(len(dataset), per_rank, ranks.rank, ranks.world_size, args.global_seed, first_batch)
-    batches = data.loader(dataset, keys, args.num_workers, pin_memory=ranks.device.type == "cuda")
-    for images, labels, _ in batches:
-        images = images.to(ranks.device, non_blocking=True)
-        yield latents.to_pixels(images), labels.to(ranks.device, non_blocking=True)
+    bad_files = data.BadFiles(dataset, args.max_bad_fraction, log.info)
+    for images, labels, bad in data.read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
+        bad_files.note(bad)
+        images, labels = (part.to(ranks.device, non_blocking=True) for part in (images, labels))
+        yield latents.to_pixels(images), labels
+
+
+def find_checkpoint(args):
+    """(path, content) of the checkpoint to go on from, or (None, None)."""
+    if args.ckpt and args.ckpt != "latest":
+        return args.ckpt, checkpoint.load(args.ckpt)
+    if not (args.ckpt or args.auto_resume):
+        return None, None
+    identity = [*cli.MODEL_DEFAULTS, "data_path", "loss_weight", "disp", "lr", "global_seed"]
+    found = checkpoint.newest(
+        args.results_dir, lambda theirs: all(theirs.get(key) == getattr(args, key) for key in identity)
+    )
+    if found is None and args.ckpt:
+        raise UserError(f"--ckpt latest: {args.results_dir} holds no checkpoint of this configuration")
+    return found or (None, None)
+
+
+def restore(parts, saved, path):
+    """Load every part a checkpoint has; returns the step it was saved at, 0 for published weights."""
+    checkpoint.load_weights(parts["model"], saved["model"], path, saved["args"])
+    checkpoint.load_weights(parts["ema"], saved["ema"], path, saved["args"])
+    if "opt" in saved:
+        checkpoint.load_optimizer(parts["opt"], saved["opt"])
+    for name in ("scaler", "schedule", "guard"):
+        if saved.get(name):  # a scaler that was off has nothing to say
+            parts[name].load_state_dict(saved[name])
+    return saved.get("step", 0)
+
+
+def what_changed(args, saved, run_in, ranks):
+    """What makes a resumed run differ from one that was never stopped, as words; empty if nothing does."""
+    now = {"precision": run_in.name, "world_size": ranks.world_size}
+    then = {key: saved.get(key) for key in now}
+    for key in ("global_batch_size", "grad_accum_steps", "global_seed"):
+        now[key], then[key] = getattr(args, key), saved["args"].get(key)
+    return ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if then[key] != now[key])
 
 
 def main():
     args = parse_args()
     ranks = distributed.setup(args.device)
-    channels, input_size = cli.check_geometry(args)
-
-    paths, labels, class_names = data.find_files(args.data_path, args.video, args.csv)
-    if args.num_classes is None:
-        args.num_classes = len(class_names)
-    if args.num_classes < len(class_names):
-        raise UserError(
-            f"--num-classes {args.num_classes} is too small: {args.data_path} has {len(class_names)} classes"
-        )
-    dataset = data.LabelledFiles(
-        paths,
-        labels,
-        class_names,
-        args.image_size,
-        args.clip_len if args.video else None,
-        args.frame_interval,
-        args.flip,
-        args.global_seed,
-    )
+    run_in = precision.resolve(args, ranks.device)
+    dataset = open_dataset(args)
     total_steps = math.ceil(args.epochs * len(dataset) / args.global_batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
 
-    autoencoder = latents.load(args.vae, ranks.device)
+    autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
     torch.manual_seed(args.global_seed)
-    model = EqM_models[args.model](
-        input_size=input_size,
-        num_classes=args.num_classes,
-        in_channels=channels,
-        uncond=args.uncond,
-        ebm=args.ebm,
-        patch_frames=args.patch_frames,
-    ).to(ranks.device)
+    model = cli.build_model(args).to(ranks.device)
     ema = EMA(model, args.ema_decay)
     optimizer = optim.adamw(model, args.lr)
     schedule = optim.Schedule(optimizer, args.lr_schedule, args.warmup_steps, total_steps, ranks.device)
+    scaler = run_in.grad_scaler()
+    guard = precision.StepGuard(run_in)
     transport = Transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+    meter, clock = run_log.Meter(ranks.device), run_log.Clock()
+    parts = {
+        "model": model, "ema": ema.model, "opt": optimizer, "scaler": scaler, "schedule": schedule, "guard": guard,
+    }  # fmt: skip
 
-    first_step = 0
-    if args.ckpt:
-        saved = checkpoint.load(args.ckpt)
-        checkpoint.load_weights(model, saved["model"], args.ckpt, saved["args"])
-        checkpoint.load_weights(ema.model, saved["ema"], args.ckpt, saved["args"])
-        if "opt" in saved:
-            checkpoint.load_optimizer(optimizer, saved["opt"])
-        first_step = saved.get("step", 0)
-        schedule.restore(saved.get("taken", first_step))
-
+    path, saved = find_checkpoint(args)
+    first_step = restore(parts, saved, path) if saved else 0
     run_folder = None
     if ranks.is_main:
-        run_folder = run_log.new_run_folder(
-            args.results_dir, args.model, args.path_type, args.prediction, args.loss_weight
-        )
-    log = run_log.RunLog(run_folder)
+        run_folder = path.parent.parent if saved and path != args.ckpt else run_log.new_run_folder(args)
+    log = run_log.RunLog(run_folder, args)
+    log.info(f"Run folder {run_folder}; {len(dataset)} files of {len(dataset.class_names)} classes")
+    log.info(f"Precision: {run_in.reason}; {ranks.world_size} rank(s) on {ranks.device}")
     log.info(
-        f"Run folder {run_folder}; {len(dataset)} files of {len(class_names)} classes; {ranks.world_size} rank(s) on {ranks.device}"
+        f"{args.model}: {sum(map(torch.numel, model.parameters())):,} parameters; steps {first_step} to {total_steps}"
     )
-    log.info(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; steps {first_step} to {total_steps}"
-    )
+    if saved:
+        changed = what_changed(args, saved, run_in, ranks) if first_step else "weights only, from step 0"
+        log.info(f"Going on from {path}, " + (f"not exactly as without a stop: {changed}" if changed else "exactly"))
+        if not changed:
+            meter.load_state_dict(saved["meter"], ranks.rank)
 
     def save(step):
-        if ranks.is_main:
-            checkpoint.save(
-                run_folder / "checkpoints" / f"{step:07d}.pt",
-                {
-                    "model": model.state_dict(),
-                    "ema": ema.model.state_dict(),
-                    "opt": optimizer.state_dict(),
-                    "args": vars(args),
-                    "step": step,
-                    "taken": int(schedule.taken),
-                    "epoch": step * args.global_batch_size / len(dataset),
-                    "class_names": class_names,
-                },
-            )
-            log.info(f"Saved checkpoint {step:07d}.pt")
+        guard.check(step, scaler.get_scale())
+        meter_state = meter.state_dict()
+        if not ranks.is_main:
+            return
+        folder = run_folder / "checkpoints"
+        checkpoint.save(folder / f"{step:07d}.pt", {
+            **{name: part.state_dict() for name, part in parts.items()},
+            "args": vars(args),
+            "step": step,
+            "epoch": step * args.global_batch_size // len(dataset),
+            "meter": meter_state,
+            "rng": {"global_seed": args.global_seed, "step": step},  # all there is: see seeds.py
+            "class_names": dataset.class_names,
+            "precision": run_in.name,
+            "world_size": ranks.world_size,
+        })  # fmt: skip
+        if args.keep_checkpoints:
+            checkpoint.prune(folder, args.keep_checkpoints)
+        log.info(f"Saved checkpoint {step:07d}.pt")
 
     network = distributed.data_parallel(model.train(), ranks)
-    stream = open_stream(args, dataset, ranks, first_step)
-    meter, clock = run_log.Meter(ranks.device), run_log.Clock()
-    for step in trange(
-        first_step + 1, total_steps + 1, initial=first_step, total=total_steps, disable=not ranks.is_main
-    ):
+    stream = batches(args, dataset, ranks, first_step, log)
+    stop = distributed.StopRequest(ranks)
+    steps = trange(first_step + 1, total_steps + 1, initial=first_step, total=total_steps, disable=not ranks.is_main)
+    step = first_step
+    for step in steps:
         seeds.seed_step(args.global_seed, step, ranks.rank)
-        for micro_step in range(1, args.grad_accum_steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for micro_step in range(args.grad_accum_steps):
             pixels, y = next(stream)
-            x1 = autoencoder.encode(pixels)
-            point = transport.sample(x1)
-            last = micro_step == args.grad_accum_steps
+            point = transport.sample(autoencoder.encode(pixels))
+            last = micro_step == args.grad_accum_steps - 1
             with nullcontext() if last or network is model else network.no_sync():
-                output, acts = network(point.xt, point.t, y, return_act=True)
+                with run_in.autocast():  # 16-bit begins and ends here: losses are FP32
+                    output, acts = network(point.xt, point.t, y, return_act=True)
                 loss = transport.loss(output, point).mean()
                 if args.disp:
                     loss = loss + 0.5 * dispersive_loss(acts[-1])
-                (loss / args.grad_accum_steps).backward()
-            meter.add("loss", loss)
+                scaler.scale(loss / args.grad_accum_steps).backward()
+            losses.append(loss.detach())
+
+        scaler.unscale_(optimizer)  # before the norm, so that clipping sees gradients of the loss itself
         grad_norm = optim.clip_gradients(model, args.max_grad_norm)
-        applied = torch.isfinite(grad_norm).float()
-        optimizer.found_inf = 1 - applied  # a fused optimizer then skips, inside its kernel
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        applied = guard.judge(grad_norm)
+        optimizer.found_inf = 1 - applied  # a fused optimizer skips inside its kernel, so nobody has to ask
+        scaler.step(optimizer)
+        scaler.update()
         schedule.advance(applied)
         ema.update(applied)
+        meter.add("loss", torch.stack(losses).mean(), applied)
+        meter.add("grad_norm", grad_norm, applied)
+        clock.tick()
 
-        clock.steps += 1
         if step % args.log_every == 0:
-            log.step(step, {"Train Loss": meter.means()["loss"], "Train Steps/Sec": clock.rate()})
+            means, scale = meter.means(), scaler.get_scale()
+            log.step(step, {
+                "Train Loss": means["loss"],
+                "Train Steps/Sec": clock.rate(),
+                "Grad Norm": means["grad_norm"],
+                "Scale": scale,
+                "Skipped Steps": guard.check(step, scale),
+                "Samples": step * args.global_batch_size,
+                "Peak GiB": run_log.peak_memory(ranks.device),
+            })  # fmt: skip
+        if stop.agreed():
+            log.info(f"Stopping after step {step}, as the signal asked")
+            break
         if step % args.ckpt_every == 0 and step < total_steps:
             save(step)
-    save(total_steps)
+    if step > first_step:
+        save(step)
     log.info("Done")
     distributed.cleanup()
 

@@ -1,0 +1,200 @@
+"""Mixed precision, decided once and wrapped round the network from outside.
+
+Weights, optimizer state, EMA, checkpoints and every sum that a small number could drown in are FP32. Only what
+runs inside `Precision.autocast` is 16-bit, and there only matrix products and convolutions, which is where the
+time goes. BF16 has FP32's range and needs nothing more. FP16 has more digits but loses gradients under 6e-8, so
+a GradScaler multiplies the loss before the backward pass and divides the gradients after it.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_flags(parser):
+    """--use-amp, --use-bf16 and what goes with them, on an argparse parser."""
+    group = parser.add_argument_group("precision (default: FP32)")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--use-bf16", action="store_true", help="autocast to bfloat16")
+    either.add_argument("--use-amp", action="store_true", help="autocast to float16; training scales the loss")
+    group.add_argument("--no-tf32", action="store_true", help="CUDA: keep FP32 products at 24 bits, not TF32's 11")
+    group.add_argument(
+        "--vae-precision", choices=("same", "fp32"), default="same", help="of the autoencoder: as the network, or FP32"
+    )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype, the device it is for, and why it runs the way it does.
+
+    name: fp32, bf16 or fp16. reason: for the log. rounded: this CPU has no instructions for the dtype, so
+    products are rounded to it but computed in FP32 (see RoundedProducts).
+    """
+
+    name: str
+    device: torch.device
+    reason: str
+    rounded: bool = False
+
+    @property
+    def dtype(self):
+        return DTYPES[self.name]
+
+    @contextmanager
+    def autocast(self):
+        """Run the network here; keep losses, sums and weight updates outside."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32"):
+            if self.rounded:
+                with RoundedProducts(self.dtype):
+                    yield
+            else:
+                yield
+
+    def grad_scaler(self):
+        """A GradScaler, which does nothing unless the precision is FP16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+    def cast_weights(self, module):
+        """Cast a frozen module's Linear and Conv weights in place, as autocast would at every single call.
+
+        The results are bit-identical; the casts are saved, and half of the weights' memory.
+        """
+        if self.name == "fp32":
+            return module
+        for layer in module.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                layer.to(self.dtype)
+        return module
+
+
+def resolve(args, device):
+    """The Precision that the flags ask for on this device. Sets TF32.
+
+    Raises UserError if the GPU has no BF16.
+    """
+    # Only ever set, never read: reading raises once the old and the new API have both been used.
+    torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = not args.no_tf32
+        card = torch.cuda.get_device_name(device)
+        if args.use_bf16:
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise UserError(f"--use-bf16: {card} has no BF16 units; --use-amp runs in FP16 there")
+            return Precision("bf16", device, f"BF16 autocast on {card}, no gradient scaling needed")
+        if args.use_amp:
+            return Precision("fp16", device, f"FP16 autocast on {card}, with gradient scaling")
+        products = "IEEE FP32 (--no-tf32)" if args.no_tf32 else "TF32 where the card has it"
+        return Precision("fp32", device, f"FP32 on {card}, matrix products in {products}")
+
+    name = "bf16" if args.use_bf16 else "fp16" if args.use_amp else "fp32"
+    if name == "fp32":
+        return Precision(name, device, f"FP32 on {device.type}, no TF32 there")
+    kind = name.upper() + " autocast" + (" with gradient scaling" if name == "fp16" else "")
+    if device.type != "cpu":
+        return Precision(name, device, f"{kind} on {device.type}")
+    if _cpu_computes(name):
+        return Precision(name, device, f"{kind} on a CPU that computes in {name.upper()}")
+    slow = "right, but slower than FP32: use it to check, not to save time"
+    return Precision(name, device, f"{kind} on a CPU without {name.upper()} units: rounded, {slow}", rounded=True)
+
+
+def of_vae(args, run_in):
+    """The Precision of the autoencoder: the network's, or FP32 with --vae-precision fp32."""
+    return fp32(run_in.device) if args.vae_precision == "fp32" else run_in
+
+
+def fp32(device):
+    """Plain FP32 on a device."""
+    return Precision("fp32", device, "FP32")
+
+
+def _cpu_computes(name):
+    """Whether PyTorch's CPU library multiplies matrices in this dtype, rather than by a scalar loop."""
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return supported is not None and torch.backends.mkldnn.is_available() and supported()
+
+
+PRODUCTS = {  # what CPU autocast runs in 16 bits
+    F.linear, torch.conv1d, torch.conv2d, torch.conv3d,
+    torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm, torch.Tensor.bmm,
+    torch.addmm, torch.baddbmm, F.scaled_dot_product_attention,
+}  # fmt: skip
+
+
+class RoundedProducts(TorchFunctionMode):
+    """16-bit matrix products on a CPU that has none: operands and results are rounded, sums are FP32.
+
+    That is what tensor cores do, forward and (through the casts' own gradients) backward, overflow of FP16
+    included. PyTorch's fallback for such CPUs is a scalar loop, tens of times slower than FP32.
+    """
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in PRODUCTS:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            args = [self._rounded(value) for value in args]
+            kwargs = {key: self._rounded(value) for key, value in kwargs.items()}
+            return func(*args, **kwargs).to(self.dtype)
+
+    def _rounded(self, value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.to(self.dtype).float()
+        return value
+
+
+class StepGuard:
+    """Whether steps were taken or skipped, counted on the device; decides when a run is beyond saving.
+
+    A step whose gradients are not finite changes nothing, in any precision: the fused optimizer skips inside
+    its kernel. FP16 recovers by itself, since the scaler halves its scale. BF16 and FP32 have no such remedy.
+    """
+
+    MAX_STREAK = 50  # skips in a row; from the first scale of 65536, 17 would bring it below 1
+
+    def __init__(self, precision):
+        self.precision = precision
+        self.skipped = torch.zeros((), device=precision.device)
+        self.streak = torch.zeros((), device=precision.device)
+
+    def judge(self, grad_norm):
+        """grad_norm: 0-dim. Returns 1.0 if it is finite and the step is to be taken, else 0.0, 0-dim."""
+        applied = torch.isfinite(grad_norm).float()
+        self.skipped += 1 - applied
+        self.streak = (self.streak + 1) * (1 - applied)
+        return applied
+
+    def state_dict(self):
+        return {"skipped": self.skipped, "streak": self.streak}
+
+    def load_state_dict(self, state):
+        self.skipped.copy_(state["skipped"])
+        self.streak.copy_(state["streak"])
+
+    def check(self, step, scale):
+        """Number of skipped steps so far; waits for the device. Raises UserError if going on is no use."""
+        skipped, streak = torch.stack([self.skipped, self.streak]).int().tolist()
+        if self.precision.name != "fp16" and skipped:
+            raise UserError(
+                f"step {step}: loss or gradients are not finite in {self.precision.name.upper()}; the weights are as "
+                f"before it and the last checkpoint is good. Try a smaller --lr, --warmup-steps or --max-grad-norm 1"
+            )
+        if streak >= self.MAX_STREAK or scale < 1:
+            raise UserError(
+                f"step {step}: FP16 skipped {streak} steps in a row and its scale fell to {scale:g}; the last "
+                f"checkpoint is good. Try --use-bf16, a smaller --lr or --max-grad-norm 1"
+            )
+        return skipped
