@@ -254,6 +254,7 @@ def read(dataset, stream, num_workers, pin_memory):
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_signals_to_parent,
+        generator=torch.Generator(),  # else it draws its workers' seeds from the step's own numbers
     )
     try:
         yield from loader

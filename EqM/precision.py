@@ -102,8 +102,8 @@ def resolve(args, device):
         return Precision(name, device, f"{kind} on {device.type}")
     if _cpu_computes(name):
         return Precision(name, device, f"{kind} on a CPU that computes in {name.upper()}")
-    slow = "right, but slower than FP32: use it to check, not to save time"
-    return Precision(name, device, f"{kind} on a CPU without {name.upper()} units: rounded, {slow}", rounded=True)
+    slow = f"a CPU without {name.upper()} units: same rounding, but slower than FP32"
+    return Precision(name, device, f"{kind} on {slow}", rounded=True)
 
 
 def of_vae(args, run_in):
