@@ -29,6 +29,9 @@ MODEL_DEFAULTS = {
 }
 
 
+LEFT_OUT = " (left out: as in the checkpoint)"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, printed once however many ranks there are."""
 
@@ -89,7 +92,7 @@ fraction = number(float, 0, 1)
 
 def add_model(parser, from_checkpoint=False):
     """Network and what it is trained on. from_checkpoint: flags left out follow the checkpoint."""
-    group = parser.add_argument_group("model" + (" (left out: as in the checkpoint)" if from_checkpoint else ""))
+    group = parser.add_argument_group("model" + (LEFT_OUT if from_checkpoint else ""))
     default = (lambda name: None) if from_checkpoint else MODEL_DEFAULTS.get
     switch = argparse.BooleanOptionalAction
     group.add_argument(
@@ -99,23 +102,40 @@ def add_model(parser, from_checkpoint=False):
         metavar="EqM-{T,S,B,L,XL}/{2,4,8}",
         help="size and patch",
     )
-    group.add_argument("--image-size", type=positive_int, default=default("image_size"), help="side in pixels")
     group.add_argument("--num-classes", type=positive_int, help="number of classes; left out: what the data holds")
-    group.add_argument(
-        "--vae",
-        default=default("vae"),
-        help="ema or mse (Stable Diffusion's), none (pixels), or a folder with an AutoencoderKL",
-    )
     group.add_argument("--uncond", action=switch, default=default("uncond"), help="zero the time conditioning")
     group.add_argument("--ebm", choices=EBM_KINDS, default=default("ebm"), help="explicit energy")
-    group.add_argument("--video", action=switch, default=default("video"), help="clips instead of images")
-    group.add_argument("--clip-len", type=positive_int, default=default("clip_len"), help="frames of a clip")
     group.add_argument(
         "--patch-frames",
         type=positive_int,
         default=default("patch_frames"),
         help="frames of a patch; left out: the patch's side",
     )
+
+
+def add_encoding(parser, from_checkpoint=False):
+    """What one item is: size, length, autoencoder."""
+    group = parser.add_argument_group("images or clips" + (LEFT_OUT if from_checkpoint else ""))
+    default = (lambda name: None) if from_checkpoint else MODEL_DEFAULTS.get
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--image-size", type=positive_int, default=default("image_size"), help="side in pixels")
+    group.add_argument("--vae", default=default("vae"), help="ema or mse (Stable Diffusion's), none, or a local folder")
+    group.add_argument("--video", action=switch, default=default("video"), help="clips instead of images")
+    group.add_argument("--clip-len", type=positive_int, default=default("clip_len"), help="frames of a clip")
+
+
+def add_data(parser, required):
+    """Where the files are and how they are read."""
+    group = parser.add_argument_group("data")
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--data-path", required=required, help="folder <class>/<file>, or clips with a CSV")
+    group.add_argument("--csv", help="labels of a flat folder of clips: video_name,tag")
+    group.add_argument(
+        "--frame-interval", type=positive_int, help="random windows of frames this far apart; left out: whole clip"
+    )
+    group.add_argument("--flip", action=switch, default=True, help="mirror half of the images or clips")
+    group.add_argument("--num-workers", type=count, default=4, help="decoding processes per rank")
+    group.add_argument("--max-bad-fraction", type=fraction, default=0.01, help="files that may fail to decode")
 
 
 def add_transport(parser, from_checkpoint=False):
@@ -138,7 +158,6 @@ def add_runtime(parser):
     group = parser.add_argument_group("runtime")
     group.add_argument("--device", help="cuda, cuda:1, cpu, ...; left out: the GPU where there is one")
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything random")
-    group.add_argument("--global-batch-size", type=positive_int, default=256, help="batch over all ranks")
 
 
 def add_sampler(parser):

@@ -128,7 +128,7 @@ class LabelledFiles(Dataset):
         else:
             frames = decode_clip(self.path(index), self.clip_len, self.frame_interval, seed)
         clip = np.stack([centre_crop(frame, self.size) for frame in frames])  # (T, H, W, 3)
-        if self.flip and seeds.mix(*seed) % 2:
+        if self.flip and seeds.coin(*seed):
             clip = clip[:, :, ::-1]  # the whole clip, never frame by frame
         clip = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))  # (3, T, H, W)
         return clip if self.clip_len else clip[:, 0]
@@ -145,6 +145,15 @@ class LabelledFiles(Dataset):
             except UNREADABLE:
                 continue
         raise ValueError(f"no file of class {self.class_names[self.labels[index]]!r} can be read")
+
+
+def open_files(args, flip):
+    """The LabelledFiles that --data-path and its companions name. Raises UserError."""
+    paths, labels, class_names = find_files(args.data_path, args.video, args.csv)
+    clip_len = args.clip_len if args.video else None
+    return LabelledFiles(
+        paths, labels, class_names, args.image_size, clip_len, args.frame_interval, flip, args.global_seed
+    )
 
 
 def find_files(root, clips, csv_path=None):

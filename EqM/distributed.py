@@ -83,6 +83,15 @@ def broadcast(value):
     return value
 
 
+def fence(device):
+    """A function that waits until the device has done what was queued on it so far."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+
 class StopRequest:
     """SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) to any rank: all ranks stop after the same step.
 

@@ -38,6 +38,12 @@ def unfold(frames, like):
     return frames if like.ndim == 4 else frames.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
 
 
+def draw(moments):
+    """Latents (N, C, [T,] h, w) in FP32 from the posterior's moments (N, 2, C, [T,] h, w)."""
+    mean, std = moments.float().unbind(1)
+    return mean + std * torch.randn(mean.shape, device=mean.device)
+
+
 class PixelSpace:
     """--vae none: latents are the pixels themselves."""
 
@@ -67,13 +73,17 @@ class VAE:
         self.shift = shift
         self.chunk = chunk
 
-    @torch.no_grad()
     def encode(self, pixels):
-        """Draw latents (N, C, h, w) or (N, C, T, h, w) from the posterior of pixels (N, 3, [T,] H, W)."""
+        """Draw latents (N, C, [T,] h, w) from the posterior of pixels (N, 3, [T,] H, W)."""
+        return draw(self.posterior(pixels))
+
+    @torch.no_grad()
+    def posterior(self, pixels):
+        """Mean and standard deviation of the latents of pixels (N, 3, [T,] H, W): (N, 2, C, [T,] h, w)."""
         parts = [self._posterior(part) for part in fold(pixels).split(self.chunk)]
         mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
-        z = mean + std * torch.randn_like(mean)
-        return unfold((z - self.shift) * self.scale, pixels)
+        mean, std = (mean - self.shift) * self.scale, std * self.scale
+        return torch.stack([unfold(mean, pixels), unfold(std, pixels)], dim=1)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -120,7 +130,6 @@ def load(name, run_in):
     """The autoencoder `--vae` names: none, ema, mse (Stable Diffusion's), or a local AutoencoderKL folder.
 
     run_in: the Precision of its network, on whose device it is put.
-
     Raises UserError if it cannot be had, one line that names the alternatives.
     """
     if name == "none":

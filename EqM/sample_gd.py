@@ -30,6 +30,7 @@ SHEET_SIZE = 64  # samples on the contact sheet
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
     cli.add_model(parser, from_checkpoint=True)
+    cli.add_encoding(parser, from_checkpoint=True)
     cli.add_transport(parser, from_checkpoint=True)
     cli.add_sampler(parser)
     precision.add_flags(parser)
@@ -38,6 +39,9 @@ def parse_args():
     group.add_argument("--ckpt", required=True, help="checkpoint; its EMA weights are sampled")
     group.add_argument("--folder", default="samples", help="where samples go; images also make <folder>.npz")
     group.add_argument("--num-fid-samples", type=cli.positive_int, default=50_000, help="how many samples")
+    group.add_argument(
+        "--global-batch-size", type=cli.positive_int, default=256, help="samples at once, over all ranks"
+    )
     group.add_argument("--classes", nargs="+", help="class names or numbers, taken in turn; left out: at random")
     group.add_argument("--fps", type=cli.positive_int, default=8, help="frames per second of clips")
     group.add_argument("--clip-format", choices=("gif", "mp4"), default="gif", help="file type of clips")

@@ -18,6 +18,11 @@ def seed_step(seed, step, rank):
     torch.manual_seed(mix(seed, step, rank))
 
 
+def coin(*numbers):
+    """Heads or tails, as True or False, for the thing these numbers name."""
+    return mix(*numbers) % 2 == 1
+
+
 def generator(*numbers):
     """A CPU generator for the thing these numbers name."""
     return torch.Generator().manual_seed(mix(*numbers))

@@ -18,6 +18,7 @@ import checkpoint
 import cli
 import data
 import distributed
+import latent_cache
 import latents
 import optimizer as optim
 import precision
@@ -32,22 +33,18 @@ def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
     switch = argparse.BooleanOptionalAction
     cli.add_model(parser)
+    cli.add_encoding(parser)
+    cli.add_data(parser, required=False)
     cli.add_transport(parser)
     precision.add_flags(parser)
     cli.add_runtime(parser)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-path", required=True, help="folder <class>/<file>, or clips with a CSV")
-    group.add_argument("--csv", help="labels of a flat folder of clips: video_name,tag")
-    group.add_argument(
-        "--frame-interval", type=cli.positive_int, help="random windows of frames this far apart; left out: whole clip"
-    )
-    group.add_argument("--flip", action=switch, default=True, help="mirror half of the images or clips")
-    group.add_argument("--num-workers", type=cli.count, default=4, help="decoding processes per rank")
-    group.add_argument("--max-bad-fraction", type=cli.fraction, default=0.01, help="files that may fail to decode")
+    group = parser.add_argument_group("latents")
+    group.add_argument("--latents", help="folder that extract_latents.py made, to train from instead of --data-path")
     group = parser.add_argument_group("training")
     group.add_argument("--loss-weight", choices=LOSS_WEIGHTS, default="None", help="of score and noise predictions")
     group.add_argument("--train-eps", type=cli.fraction, help="distance from singular ends of t; left out: as needed")
     group.add_argument("--disp", action=switch, default=False, help="add 0.5 x the dispersive loss")
+    group.add_argument("--global-batch-size", type=cli.positive_int, default=256, help="batch over all ranks")
     group.add_argument("--epochs", type=cli.positive_int, default=80, help="passes over the data")
     group.add_argument("--max-steps", type=cli.positive_int, help="at most this many steps in all")
     group.add_argument("--lr", type=cli.positive, default=1e-4, help="AdamW's learning rate")
@@ -66,37 +63,50 @@ def parse_args():
     group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
     args = parser.parse_args()
+    if (args.data_path is None) == (args.latents is None):
+        parser.error("give either --data-path, to encode as you train, or --latents")
+    if args.latents and (args.csv or args.frame_interval):
+        parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
     cli.check_geometry(args)
     return args
 
 
 def open_dataset(args):
-    """The files of --data-path; settles args.num_classes."""
-    paths, labels, class_names = data.find_files(args.data_path, args.video, args.csv)
-    args.num_classes = args.num_classes or len(class_names)
-    if args.num_classes < len(class_names):
-        raise UserError(f"--num-classes {args.num_classes} is too small: the data has {len(class_names)} classes")
-    clip_len = args.clip_len if args.video else None
-    return data.LabelledFiles(
-        paths, labels, class_names, args.image_size, clip_len, args.frame_interval, args.flip, args.global_seed
-    )
+    """What to train on, with files or a latent cache behind it; settles args.num_classes."""
+    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else data.open_files(args, args.flip)
+    args.num_classes = args.num_classes or len(dataset.class_names)
+    if args.num_classes < len(dataset.class_names):
+        raise UserError(
+            f"--num-classes {args.num_classes} is too small: the data has {len(dataset.class_names)} classes"
+        )
+    return dataset
 
 
-def batches(args, dataset, ranks, first_step, log):
-    """Endless (pixels FP32 in [-1, 1], labels) micro-batches of this rank from a step on, on the device."""
-    per_rank, left = divmod(args.global_batch_size, ranks.world_size * args.grad_accum_steps)
+def micro_batch_size(args, ranks):
+    """Samples of one forward pass on one rank."""
+    size, left = divmod(args.global_batch_size, ranks.world_size * args.grad_accum_steps)
     if left:
         raise UserError(
             f"--global-batch-size {args.global_batch_size} does not divide into {ranks.world_size} rank(s) "
             f"x {args.grad_accum_steps} accumulation step(s)"
         )
-    first_batch = first_step * args.grad_accum_steps
-    keys = data.Stream(len(dataset), per_rank, ranks.rank, ranks.world_size, args.global_seed, first_batch)
+    return size
+
+
+def batches(args, dataset, autoencoder, ranks, first_step, log):
+    """Endless micro-batches of this rank from a step on: latents FP32 (N, C, [T,] h, w) and labels (N,).
+
+    What is random about them comes from torch's generators at the moment a batch is asked for.
+    """
+    keys = data.Stream(
+        len(dataset), micro_batch_size(args, ranks), ranks.rank, ranks.world_size, args.global_seed,
+        first_batch=first_step * args.grad_accum_steps,
+    )  # fmt: skip
     bad_files = data.BadFiles(dataset, args.max_bad_fraction, log.info)
-    for images, labels, bad in data.read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
+    for items, labels, bad in data.read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
         bad_files.note(bad)
-        images, labels = (part.to(ranks.device, non_blocking=True) for part in (images, labels))
-        yield latents.to_pixels(images), labels
+        items, labels = (part.to(ranks.device, non_blocking=True) for part in (items, labels))
+        yield latents.draw(items) if args.latents else autoencoder.encode(latents.to_pixels(items)), labels
 
 
 def find_checkpoint(args):
@@ -105,7 +115,7 @@ def find_checkpoint(args):
         return args.ckpt, checkpoint.load(args.ckpt)
     if not (args.ckpt or args.auto_resume):
         return None, None
-    identity = [*cli.MODEL_DEFAULTS, "data_path", "loss_weight", "disp", "lr", "global_seed"]
+    identity = [*cli.MODEL_DEFAULTS, "data_path", "latents", "loss_weight", "disp", "lr", "global_seed"]
     found = checkpoint.newest(
         args.results_dir, lambda theirs: all(theirs.get(key) == getattr(args, key) for key in identity)
     )
@@ -140,10 +150,11 @@ def main():
     ranks = distributed.setup(args.device)
     run_in = precision.resolve(args, ranks.device)
     dataset = open_dataset(args)
+    micro_batch_size(args, ranks)
     total_steps = math.ceil(args.epochs * len(dataset) / args.global_batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
 
-    autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
+    autoencoder = None if args.latents else latents.load(args.vae, precision.of_vae(args, run_in))
     torch.manual_seed(args.global_seed)
     model = cli.build_model(args).to(ranks.device)
     ema = EMA(model, args.ema_decay)
@@ -196,7 +207,7 @@ def main():
         log.info(f"Saved checkpoint {step:07d}.pt")
 
     network = distributed.data_parallel(model.train(), ranks)
-    stream = batches(args, dataset, ranks, first_step, log)
+    stream = batches(args, dataset, autoencoder, ranks, first_step, log)
     stop = distributed.StopRequest(ranks)
     steps = trange(first_step + 1, total_steps + 1, initial=first_step, total=total_steps, disable=not ranks.is_main)
     step = first_step
@@ -205,8 +216,8 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for micro_step in range(args.grad_accum_steps):
-            pixels, y = next(stream)
-            point = transport.sample(autoencoder.encode(pixels))
+            x1, y = next(stream)
+            point = transport.sample(x1)
             last = micro_step == args.grad_accum_steps - 1
             with nullcontext() if last or network is model else network.no_sync():
                 with run_in.autocast():  # 16-bit begins and ends here: losses are FP32
