@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all a fresh machine needs: Python 3.10+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+DEMO := results/demo
+
+.PHONY: demo test
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# Trains on the embedded clips in BF16, samples in BF16, scores the samples. Every command is printed as it runs.
+demo: $(VENV)/installed
+	rm -rf $(DEMO)
+	$(PY) EqM/train.py --data-path datasets/demo --vae datasets/demo-vae --image-size 32 --no-flip \
+	    --model EqM-T/2 --video --clip-len 4 --use-bf16 --global-batch-size 16 --max-steps 1600 --epochs 1000 \
+	    --lr 2e-3 --warmup-steps 100 --lr-schedule cosine --ema-decay 0.995 --max-grad-norm 1 \
+	    --num-workers 1 --results-dir $(DEMO)
+	$(PY) EqM/sample_gd.py --ckpt $(DEMO)/000-EqM-T-2-Linear-velocity-None/checkpoints/0001600.pt --use-bf16 \
+	    --num-sampling-steps 50 --stepsize 0.008 --cfg-scale 2 --cfg-channels 4 --num-fid-samples 64 \
+	    --global-batch-size 64 --classes 0 1 2 3 4 5 6 7 --folder $(DEMO)/samples
+	$(PY) datasets/score_demo.py $(DEMO)/samples
+	@echo "The picture: $(DEMO)/samples/grid.png"
+	@command -v xdg-open >/dev/null && [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && xdg-open $(DEMO)/samples/grid.png || true
+
+test: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m pytest -q

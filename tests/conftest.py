@@ -1,0 +1,110 @@
+"""Small data and a script runner that the tests share."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported
+
+import importlib
+import signal
+import sys
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # train.py installs handlers for these
+
+
+def write_clip(path, frames, codec="libx264", rate=10, options=None, pix_fmt="yuv420p"):
+    """Encode uint8 frames (T, H, W, 3); the path's suffix names the container."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def train_args(data_path, results_dir, *more):
+    """Command line of the smallest training run: images as pixels, two steps, on the CPU."""
+    words = "--vae none --image-size 8 --model EqM-T/4 --global-batch-size 4 --max-steps 2 --num-workers 0 --device cpu"
+    return ["--data-path", str(data_path), "--results-dir", str(results_dir), *words.split(), *map(str, more)]
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Two classes of three small png files each."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """Two classes of two clips each: 6 frames, 48 wide and 40 high, growing brighter."""
+    root = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for name in ("jump", "run"):
+        (root / name).mkdir()
+        for i in range(2):
+            scene = np.kron(rng.integers(0, 120, (5, 6, 3)), np.ones((8, 8, 1)))
+            frames = np.stack([scene + 20 * t for t in range(6)]).astype(np.uint8)
+            write_clip(root / name / f"{i}.mp4", frames)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """Folder of a random AutoencoderKL: 4 latent channels, 4 pixels a latent, scaling factor 0.5."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    channels = (8, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=["DownEncoderBlock2D"] * len(channels),
+            up_block_types=["UpDecoderBlock2D"] * len(channels),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+            sample_size=32,
+            mid_block_add_attention=False,
+        ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capfd):
+    """run_script("train", *argv): a script of EqM/ in this process, as its command line would; code, out, err."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def run(module_name, *argv):
+        import cli
+
+        monkeypatch.setattr(sys, "argv", [f"{module_name}.py", *map(str, argv)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.run(importlib.import_module(module_name).main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return run
