@@ -1,0 +1,269 @@
+"""Precision flags, the 16-bit products of CPUs without 16-bit units, weights cast once, skipped steps."""
+
+from argparse import ArgumentParser, Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import precision
+from errors import UserError
+from models import EqM_models
+from precision import DTYPES, Precision, RoundedProducts, StepGuard
+from transport import Transport, dispersive_loss
+
+CPU = torch.device("cpu")
+HALVES = ("bf16", "fp16")
+TOLERANCE = {"bf16": 0.02, "fp16": 0.005}  # of a norm; one rounding is 2^-9 and 2^-12
+
+
+def flags(*argv):
+    parser = ArgumentParser()
+    precision.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def in_precision(name, rounded=True):
+    return Precision(name, CPU, "test", rounded=rounded and name != "fp32")
+
+
+def tiny(ebm="none", **more):
+    torch.manual_seed(0)
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3, ebm=ebm, **more)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def batch(n=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 4, 8, 8, generator=generator), torch.rand(n, generator=generator), torch.arange(n) % 3
+
+
+def relative(value, reference):
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize(("argv", "name"), [([], "fp32"), (["--use-bf16"], "bf16"), (["--use-amp"], "fp16")])
+def test_flags_select_the_dtype_and_only_fp16_scales(argv, name):
+    run_in = precision.resolve(flags(*argv), CPU)
+    assert run_in.name == name and run_in.dtype == DTYPES[name]
+    assert run_in.grad_scaler().is_enabled() == (name == "fp16")
+    assert name.upper() in run_in.reason
+
+
+def test_both_flags_at_once_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        flags("--use-bf16", "--use-amp")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_autoencoder_follows_the_network_unless_told_not_to():
+    run_in = in_precision("fp16")
+    assert precision.of_vae(Namespace(vae_precision="same"), run_in) is run_in
+    assert precision.of_vae(Namespace(vae_precision="fp32"), run_in).name == "fp32"
+
+
+def test_bf16_is_refused_on_a_card_that_only_emulates_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="Tesla T4 has no BF16 units.*--use-amp"):
+        precision.resolve(flags("--use-bf16"), torch.device("cuda"))
+    assert precision.resolve(flags("--use-amp"), torch.device("cuda")).name == "fp16"
+
+
+@pytest.mark.parametrize(("argv", "words"), [([], "TF32 where"), (["--no-tf32"], "IEEE FP32")])
+def test_fp32_on_a_gpu_says_whether_tf32_is_on(monkeypatch, argv, words):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    assert words in precision.resolve(flags(*argv), torch.device("cuda")).reason
+    precision.resolve(flags(), CPU)
+
+
+def test_a_cpu_without_16_bit_units_says_that_it_is_slow(monkeypatch):
+    monkeypatch.setattr(precision, "_cpu_computes", lambda name: False)
+    run_in = precision.resolve(flags("--use-amp"), CPU)
+    assert run_in.rounded and "slower than FP32" in run_in.reason
+    monkeypatch.setattr(precision, "_cpu_computes", lambda name: True)
+    assert not precision.resolve(flags("--use-amp"), CPU).rounded
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_rounded_products_equal_rounded_operands_summed_in_fp32(name):
+    dtype = DTYPES[name]
+    x, w, b = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
+    with in_precision(name).autocast():
+        product = F.linear(x, w, b)
+    expected = F.linear(*(value.to(dtype).float() for value in (x, w, b))).to(dtype)
+    assert product.dtype == dtype and torch.equal(product, expected)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_rounded_products_are_close_to_pytorchs_own_16_bit_ones(name):
+    """Values and gradients of a whole network, against the dtype's real kernels."""
+    model, (x, t, y) = tiny().eval(), batch()
+    results = []
+    for rounded in (True, False):
+        model.zero_grad()
+        with in_precision(name, rounded).autocast():
+            field = model(x, t, y)
+        (1000 * field.float().square().mean()).backward()  # else FP16 gradients underflow
+        results.append([field.float(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative(ours, theirs) < 2 * TOLERANCE[name]
+
+
+def test_fp16_overflows_as_real_fp16_does():
+    with in_precision("fp16").autocast():
+        assert torch.isinf(torch.full((1, 1), 300.0) @ torch.full((1, 1), 300.0)).all()
+
+
+def test_nothing_is_rounded_outside_the_region():
+    x = torch.randn(3, 3)
+    with RoundedProducts(torch.bfloat16):
+        pass
+    assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("ebm", ["none", "dot", "l2"])
+def test_weights_cast_once_give_the_same_bits(name, rounded, ebm):
+    run_in, (x, t, y) = in_precision(name, rounded), batch()
+    model = tiny(ebm).eval().requires_grad_(False)
+
+    def field():
+        with torch.no_grad(), run_in.autocast():
+            return model(x, t, y)
+
+    expected = field()
+    assert torch.isfinite(expected).all() and expected.any()
+    run_in.cast_weights(model)
+    assert model.blocks[0].attn.qkv.weight.dtype == run_in.dtype
+    assert model.pos_embed.dtype == torch.float32
+    assert torch.equal(field(), expected)
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("ebm", ["none", "dot", "l2"])
+@pytest.mark.parametrize("disp", [False, True])
+def test_loss_and_gradients_of_16_bit_training_are_finite_and_close_to_fp32(name, ebm, disp):
+    model, transport = tiny(ebm).eval(), Transport()
+    torch.manual_seed(2)
+    point, y = transport.sample(batch()[0]), batch()[2]
+
+    def step(which):
+        model.zero_grad()
+        run_in = in_precision(which)
+        scale = 2.0**10 if which == "fp16" else 1.0
+        with run_in.autocast():
+            output, acts = model(point.xt, point.t, y, return_act=True)
+        loss = transport.loss(output, point).mean()
+        if disp:
+            loss = loss + 0.5 * dispersive_loss(acts[-1])
+        (loss * scale).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) / scale
+        return loss.detach(), gradient
+
+    loss, gradient = step(name)
+    expected_loss, expected_gradient = step("fp32")
+    assert torch.isfinite(gradient).all() and expected_gradient.norm() > 0.1
+    assert relative(loss, expected_loss) < TOLERANCE[name]
+    assert relative(gradient, expected_gradient) < 3 * TOLERANCE[name]
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_parameters_and_gradients_stay_fp32_in_training(name):
+    model, (x, t, y) = tiny(), batch()
+    with in_precision(name).autocast():
+        output = model(x, t, y)
+    output.float().mean().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_fp16_without_scaling_loses_gradients_that_the_scaler_keeps():
+    """A field whose loss is so small that its gradients lie under FP16's smallest number, 6e-8."""
+    weight = torch.ones(4, 4, requires_grad=True)
+    x = torch.full((2, 4), 1e-3)
+
+    def gradient(scale):
+        weight.grad = None
+        with in_precision("fp16").autocast():
+            output = F.linear(x, weight)
+        (output.float().sum() * 1e-6 * scale).backward()
+        return weight.grad / scale
+
+    assert not gradient(1.0).any()
+    torch.testing.assert_close(gradient(65536.0), torch.full((4, 4), 2e-9), rtol=1e-2, atol=0)
+
+
+def judged(guard, *norms):
+    return [guard.judge(torch.tensor(norm)).item() for norm in norms]
+
+
+def test_guard_counts_skipped_steps_and_their_streak():
+    guard = StepGuard(in_precision("fp16"))
+    assert judged(guard, 1.0, float("inf"), float("nan"), 2.0, float("inf")) == [1, 0, 0, 1, 0]
+    assert guard.check(5, scale=8.0) == 3
+    assert (guard.skipped.item(), guard.streak.item()) == (3, 1)
+    twin = StepGuard(in_precision("fp16"))
+    twin.load_state_dict(guard.state_dict())
+    assert twin.check(5, scale=8.0) == 3 and twin.streak.item() == 1
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_one_non_finite_step_stops_a_run_that_cannot_mend_it(name):
+    guard = StepGuard(in_precision(name))
+    judged(guard, 1.0)
+    assert guard.check(1, scale=1.0) == 0
+    judged(guard, float("nan"))
+    with pytest.raises(UserError, match=f"step 2.*{name.upper()}.*--max-grad-norm"):
+        guard.check(2, scale=1.0)
+
+
+def test_fp16_stops_when_its_scale_collapses_or_nothing_but_skips_comes():
+    guard = StepGuard(in_precision("fp16"))
+    judged(guard, float("inf"))
+    with pytest.raises(UserError, match="scale fell to 0.5.*--use-bf16"):
+        guard.check(1, scale=0.5)
+    judged(guard, *[float("inf")] * (StepGuard.MAX_STREAK - 1))
+    with pytest.raises(UserError, match=f"skipped {StepGuard.MAX_STREAK} steps in a row"):
+        guard.check(50, scale=2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["fp32", *HALVES])
+def test_a_training_step_never_waits_for_the_gpu(name):
+    import optimizer as optim
+    from ema import EMA
+
+    device = torch.device("cuda")
+    run_in = Precision(name, device, "test")
+    model = tiny().to(device)
+    adamw = optim.adamw(model, 1e-3)
+    schedule = optim.Schedule(adamw, "cosine", 2, 10, device)
+    ema, scaler, guard, transport = EMA(model), run_in.grad_scaler(), StepGuard(run_in), Transport()
+    x, _, y = (part.to(device) for part in batch())
+
+    def step():
+        adamw.zero_grad(set_to_none=True)
+        point = transport.sample(x)
+        with run_in.autocast():
+            output = model(point.xt, point.t, y)
+        scaler.scale(transport.loss(output, point).mean()).backward()
+        scaler.unscale_(adamw)
+        applied = guard.judge(optim.clip_gradients(model, 1.0))
+        adamw.found_inf = 1 - applied
+        scaler.step(adamw)
+        scaler.update()
+        schedule.advance(applied)
+        ema.update(applied)
+
+    step()  # the first allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
