@@ -59,14 +59,16 @@ def contact_sheet(samples, names, columns=None, scale_to=96):
     """
     T, H, W, _ = samples[0].shape
     factor = max(1, scale_to // H)
-    tile_w, tile_h, caption = T * W * factor, H * factor, 14
+    frame_w, gap = W * factor, 2
+    tile_w, tile_h, caption = T * (frame_w + gap) - gap, H * factor, 14
     columns = columns or max(1, min(len(samples), 1600 // (tile_w + 8)))
     rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * (tile_w + 8), rows * (tile_h + caption + 4)), "white")
+    sheet = Image.new("RGB", (columns * (tile_w + 8), rows * (tile_h + caption + 4)), "lightgrey")
     draw = ImageDraw.Draw(sheet)
     for i, (frames, name) in enumerate(zip(samples, names, strict=True)):
         left, top = i % columns * (tile_w + 8) + 4, i // columns * (tile_h + caption + 4)
         draw.text((left, top), name, fill="black")
-        strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-        sheet.paste(strip.resize((tile_w, tile_h), Image.Resampling.NEAREST), (left, top + caption))
+        for t, frame in enumerate(frames):
+            enlarged = Image.fromarray(frame).resize((frame_w, tile_h), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + t * (frame_w + gap), top + caption))
     return sheet
