@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported
+# Each is read once, when its library is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=os.devnull)  # as on a machine without network or cached weights
 
 import importlib
 import signal
