@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, reason
 
 SHOWN = 3  # how many differing keys a message names
 
@@ -55,8 +55,7 @@ def load(path):
             raise UserError(f"--ckpt {path} is refused: loading it would run {named[1]}") from None
         raise UserError(f"--ckpt {path} is not a PyTorch checkpoint or is damaged") from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--ckpt {path} is cut short or damaged: {reason}") from None
+        raise UserError(f"--ckpt {path} is cut short or damaged: {reason(error)}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"--ckpt {path} holds no state dict")
     if all(isinstance(value, torch.Tensor) for value in content.values()):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 import seeds
-from errors import UserError
+from errors import UserError, reason
 
 CLIP_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, av.FFmpegError)
@@ -272,8 +272,7 @@ def read(dataset, stream, num_workers, pin_memory):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        cause = str(error).strip().splitlines()[0]
-        raise UserError(f"a data worker died ({cause}); if memory ran out, use fewer --num-workers") from None
+        raise UserError(f"a data worker died ({reason(error)}); if memory ran out, use fewer --num-workers") from None
 
 
 def _leave_signals_to_parent(worker):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from errors import UserError, reason
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def setup(device_name=None):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
+        raise UserError(f"--device {name} cannot be used ({reason(error)}); try --device cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", so that a script can say it in one line."""
+"""The one exception that means "the input is wrong", and how to say another in one line."""
 
 
 class UserError(Exception):
@@ -6,3 +6,9 @@ class UserError(Exception):
 
     `cli.run` prints it on stderr without a traceback and exits with status 2.
     """
+
+
+def reason(error):
+    """The first line of an exception's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -11,7 +11,7 @@ import warnings
 import torch
 
 import precision
-from errors import UserError
+from errors import UserError, reason
 
 SD_SCALE = 0.18215  # standard deviation of Stable Diffusion's latents, inverted (arXiv 2112.10752)
 
@@ -140,11 +140,10 @@ def load(name, run_in):
     try:
         network = AutoencoderKL.from_pretrained(f"stabilityai/sd-vae-ft-{name}" if published else name)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if published:
             advice = "without network or cached weights use --vae none (pixels) or --vae DIR (a local AutoencoderKL)"
-            raise UserError(f"the {name} VAE cannot be loaded: {advice}. Cause: {reason}") from None
-        raise UserError(f"--vae {name} does not load as a diffusers AutoencoderKL: {reason}") from None
+            raise UserError(f"the {name} VAE cannot be loaded: {advice}. Cause: {reason(error)}") from None
+        raise UserError(f"--vae {name} does not load as a diffusers AutoencoderKL: {reason(error)}") from None
     scale = SD_SCALE if published else network.config.scaling_factor
     shift = 0.0 if published else network.config.shift_factor or 0.0
     return VAE(network.to(run_in.device), run_in, scale, shift)
