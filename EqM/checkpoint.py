@@ -8,6 +8,7 @@ import argparse
 import os
 import pickle
 import re
+import zlib
 from pathlib import Path
 
 import torch
@@ -91,6 +92,15 @@ def load_weights(model, state, path, trained_with):
         source = f" It was trained with {', '.join(f'{k} {v}' for k, v in told.items())}." if told else ""
         raise UserError(f"--ckpt {path} does not fit this model: {shown}{more}.{source}")
     model.load_state_dict(state)
+
+
+def fingerprint(state):
+    """A short text that differs between state dicts whose tensors differ."""
+    crc = 0
+    for name, value in sorted(state.items()):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def newest(results_dir, same_run):

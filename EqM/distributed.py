@@ -73,13 +73,23 @@ def gather(tensor):
     return [part.cpu() for part in parts]
 
 
-def broadcast(value):
-    """The main rank's value of a small Python object, on every rank."""
+def on_main(ranks, function):
+    """What a function returns on the main rank, on every rank; a UserError there stops them all."""
+    result = error = None
+    if ranks.is_main:
+        try:
+            result = function()
+        except UserError as raised:
+            error = raised
     if dist.is_initialized():
-        box = [value]
+        box = [result, error is not None]
         dist.broadcast_object_list(box)
-        value = box[0]
-    return value
+        result, failed = box
+        if failed and not ranks.is_main:
+            raise SystemExit(2)  # the main rank says why
+    if error is not None:
+        raise error
+    return result
 
 
 def fence(device):

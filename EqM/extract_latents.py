@@ -56,12 +56,10 @@ def main():
     dataset = data.open_files(args, flip=False)
     side = args.image_size // factor
     frames = (args.clip_len,) if args.video else ()
-    if ranks.is_main:
-        meta = {name: getattr(args, name) for name in latent_cache.KEY}
-        meta |= {"files": len(dataset), "class_names": dataset.class_names, "precision": run_in.name}
-        shape = (1 + args.flip, 2, channels, *frames, side, side)
-        latent_cache.create(args.out, meta, dataset.labels, shape)
-    distributed.barrier()
+    meta = {name: getattr(args, name) for name in latent_cache.KEY}
+    meta |= {"files": len(dataset), "class_names": dataset.class_names, "precision": run_in.name}
+    shape = (1 + args.flip, 2, channels, *frames, side, side)
+    distributed.on_main(ranks, lambda: latent_cache.create(args.out, meta, dataset.labels, shape))
 
     writer = latent_cache.Writer(Path(args.out))
     left = np.flatnonzero(~writer.done)[ranks.rank :: ranks.world_size]

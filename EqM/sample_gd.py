@@ -3,16 +3,21 @@
     torchrun --nproc_per_node=N EqM/sample_gd.py --ckpt results/000-EqM-S-4-Linear-velocity-None/checkpoints/0000100.pt
     python EqM/sample_gd.py --ckpt model.pt --sampler ngd --cfg-scale 1.5 --folder samples
 
-Sample i depends on the seed and i alone, however many ranks and whatever the batch size.
+Sample i depends on the seed and i alone, however many ranks and whatever the batch size. Killed, it goes on
+where it was when run again.
 """
 
+import argparse
 import csv
+import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import acceleration
 import checkpoint
 import cli
 import distributed
@@ -21,10 +26,11 @@ import media
 import precision
 import samplers
 import seeds
-from errors import UserError
+from errors import UserError, reason
 from transport import Transport
 
 SHEET_SIZE = 64  # samples on the contact sheet
+WRITERS = 4  # threads that encode and write files
 
 
 def parse_args():
@@ -45,6 +51,11 @@ def parse_args():
     group.add_argument("--classes", nargs="+", help="class names or numbers, taken in turn; left out: at random")
     group.add_argument("--fps", type=cli.positive_int, default=8, help="frames per second of clips")
     group.add_argument("--clip-format", choices=("gif", "mp4"), default="gif", help="file type of clips")
+    group.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="add what is missing to a folder of the same samples; --no-resume refuses any folder that has some",
+    )  # fmt: skip
+    acceleration.add_compile(group)
     return parser.parse_args()
 
 
@@ -62,13 +73,73 @@ def pick_classes(wanted, class_names):
     return picked
 
 
-def draw(seed, index, shape, labels):
-    """Noise and label of sample `index`. labels: taken in turn, or a number of classes to draw from."""
-    generator = seeds.generator(seed, index)
-    noise = torch.randn(shape, generator=generator)
-    if isinstance(labels, int):
-        return noise, int(torch.randint(labels, (), generator=generator))
-    return noise, labels[index % len(labels)]
+def label_of(seed, index, labels):
+    """Label of sample `index`. labels: taken in turn, or a number of classes to draw from."""
+    return seeds.mix(seed, index, 1) % labels if isinstance(labels, int) else labels[index % len(labels)]
+
+
+def recipe(args, ema, run_in):
+    """All that a sample depends on besides its number, as samples.json keeps it."""
+    names = (
+        *cli.MODEL_DEFAULTS, "sampler", "stepsize", "num_sampling_steps", "mu", "cfg_scale", "cfg_channels",
+        "sample_eps", "classes", "global_seed", "vae_precision", "fps",
+    )  # fmt: skip
+    told = {name: getattr(args, name) for name in names}
+    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, **told}
+
+
+def open_folder(folder, files, made_by, resume):
+    """Numbers of the samples that are still to be made; says in samples.json what the folder holds.
+
+    files: path of every sample. made_by: their recipe. Raises UserError if the folder holds other samples.
+    """
+    note = folder / "samples.json"
+    present = {i for i, path in enumerate(files) if path.exists()}
+    if present and not resume:
+        raise UserError(f"--folder {folder} holds samples already; choose another, or --resume to add what is missing")
+    try:
+        theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        differs = [name for name in made_by if theirs.get(name) != made_by[name]]
+        if present and differs:
+            origin = f"other samples ({', '.join(differs)} differ)" if theirs else "samples of unknown origin"
+            raise UserError(f"--folder {folder} holds {origin}; choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(made_by, indent=1), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--folder {folder} cannot be used: {reason(error)}") from None
+    with ThreadPoolExecutor(WRITERS) as pool:
+        whole = pool.map(lambda i: i in present and media.is_whole(files[i]), range(len(files)))
+        return [i for i, good in enumerate(whole) if not good]
+
+
+class Writers:
+    """Threads that write one batch of samples while the next is made."""
+
+    def __init__(self, fps):
+        self.fps = fps
+        self.pool = ThreadPoolExecutor(WRITERS)
+        self.coming = None  # (paths, uint8 samples (N, 3, T, H, W) on their way to the CPU, fence)
+        self.writing = []
+
+    def put(self, paths, samples, arrived):
+        """Take a batch, and write the one before it. Raises UserError if an earlier one could not be written."""
+        for done in self.writing:
+            done.result()
+        self.writing = []
+        if self.coming is not None:
+            before, pixels, fence = self.coming
+            fence()
+            frames = pixels.permute(0, 2, 3, 4, 1).numpy()
+            self.writing = [
+                self.pool.submit(media.save_sample, *each, self.fps) for each in zip(before, frames, strict=True)
+            ]
+        self.coming = None if samples is None else (paths, samples, arrived)
+
+    def finish(self):
+        """Write all that is left."""
+        self.put(None, None, None)
+        self.put(None, None, None)
+        self.pool.shutdown()
 
 
 def main():
@@ -80,49 +151,54 @@ def main():
     class_names = saved.get("class_names") or [str(i) for i in range(args.num_classes)]
     class_names = class_names + [str(i) for i in range(len(class_names), args.num_classes)]
     labels = pick_classes(args.classes, class_names) if args.classes else args.num_classes
-
     model = cli.build_model(args)
     checkpoint.load_weights(model, saved["ema"], args.ckpt, saved["args"])
+
+    folder = Path(args.folder)
+    suffix = args.clip_format if args.video else "png"
+    files = [folder / f"{i:06d}.{suffix}" for i in range(args.num_fid_samples)]
+    made_by = recipe(args, saved["ema"], run_in)
+    todo = distributed.on_main(ranks, lambda: open_folder(folder, files, made_by, args.resume))
+
     model = run_in.cast_weights(model.to(ranks.device).eval().requires_grad_(False))
+    acceleration.apply(model, args, run_in, tqdm.write)
     autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
     transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
     interval = transport.interval(transport.sample_eps)
     mu = args.mu if args.sampler == "ngd" else 0.0
-
-    folder = Path(args.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    suffix = args.clip_format if args.video else "png"
     batch_size = max(1, args.global_batch_size // ranks.world_size)
-    indices = range(ranks.rank, args.num_fid_samples, ranks.world_size)
-    shape = model.input_shape
+    indices = todo[ranks.rank :: ranks.world_size]
+    if ranks.is_main:
+        print(f"Precision: {run_in.reason}; {len(todo)} of {len(files)} samples to make")
 
     def field(x, t, y):
         with run_in.autocast():
             return transport.field(model(x, t, y))
 
+    writers = Writers(args.fps)
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
-        noise, y = zip(*[draw(args.global_seed, i, shape, labels) for i in batch], strict=True)
-        x, y = torch.stack(noise).to(ranks.device), torch.tensor(y, device=ranks.device)
+        x = torch.stack([torch.randn(model.input_shape, generator=seeds.generator(args.global_seed, i)) for i in batch])
+        y = torch.tensor([label_of(args.global_seed, i, labels) for i in batch])
+        x, y = x.to(ranks.device), y.to(ranks.device)
         bar = partial(tqdm, desc=f"batch {start // batch_size + 1}", leave=False, disable=not ranks.is_main)
         with torch.no_grad():
             guided = samplers.guided(field, y, args.cfg_scale, args.num_classes, args.cfg_channels)
             x = samplers.descend(guided, x, args.num_sampling_steps, args.stepsize, mu, interval, bar)
-            pixels = latents.to_uint8(autoencoder.decode(x)).cpu()
-        for i, sample in zip(batch, pixels, strict=True):
-            frames = sample if args.video else sample[:, None]  # (3, T, H, W)
-            media.save_sample(folder / f"{i:06d}.{suffix}", frames.permute(1, 2, 3, 0).numpy(), args.fps)
+            pixels = latents.to_uint8(autoencoder.decode(x))
+        samples = (pixels if args.video else pixels.unsqueeze(2)).to("cpu", non_blocking=True)
+        writers.put([files[i] for i in batch], samples, distributed.fence(ranks.device))
+    writers.finish()
     distributed.barrier()
 
     if ranks.is_main:
-        drawn = [draw(args.global_seed, i, (), labels)[1] for i in range(args.num_fid_samples)]
-        finish(folder, suffix, drawn, class_names)
+        drawn = [label_of(args.global_seed, i, labels) for i in range(len(files))]
+        finish(folder, files, drawn, class_names)
     distributed.cleanup()
 
 
-def finish(folder, suffix, drawn, class_names):
+def finish(folder, files, drawn, class_names):
     """Write labels.csv and the contact sheet beside the samples, and for images the npz."""
-    files = [folder / f"{i:06d}.{suffix}" for i in range(len(drawn))]
     with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file", "label", "class"])
@@ -130,7 +206,7 @@ def finish(folder, suffix, drawn, class_names):
     shown = [media.load_sample(path) for path in files[:SHEET_SIZE]]
     media.contact_sheet(shown, [class_names[label] for label in drawn[:SHEET_SIZE]]).save(folder / "grid.png")
     print(f"Wrote {len(files)} samples, labels.csv and grid.png to {folder}")
-    if suffix == "png":
+    if files[0].suffix == ".png":
         archive = folder.with_name(folder.name + ".npz")
         media.save_npz(archive, files)
         print(f"Wrote {archive}")

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 import torch
 from tqdm import trange
 
+import acceleration
 import checkpoint
 import cli
 import data
@@ -53,6 +54,7 @@ def parse_args():
     group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
     group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
     group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
+    acceleration.add_flags(group)
     group = parser.add_argument_group("run")
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
     group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
@@ -67,6 +69,8 @@ def parse_args():
         parser.error("give either --data-path, to encode as you train, or --latents")
     if args.latents and (args.csv or args.frame_interval):
         parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
+    if args.grad_checkpointing and args.ebm != "none":
+        parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
     cli.check_geometry(args)
     return args
 
@@ -170,10 +174,9 @@ def main():
 
     path, saved = find_checkpoint(args)
     first_step = restore(parts, saved, path) if saved else 0
-    run_folder = None
-    if ranks.is_main:
-        run_folder = path.parent.parent if saved and path != args.ckpt else run_log.new_run_folder(args)
-    log = run_log.RunLog(run_folder, args)
+    goes_on = saved and path != args.ckpt  # in the folder of a run that was found, not named
+    run_folder = path.parent.parent if goes_on else distributed.on_main(ranks, lambda: run_log.new_run_folder(args))
+    log = run_log.RunLog(run_folder if ranks.is_main else None, args)
     log.info(f"Run folder {run_folder}; {len(dataset)} files of {len(dataset.class_names)} classes")
     log.info(f"Precision: {run_in.reason}; {ranks.world_size} rank(s) on {ranks.device}")
     log.info(
@@ -206,6 +209,7 @@ def main():
             checkpoint.prune(folder, args.keep_checkpoints)
         log.info(f"Saved checkpoint {step:07d}.pt")
 
+    acceleration.apply(model, args, run_in, log.info)
     network = distributed.data_parallel(model.train(), ranks)
     stream = batches(args, dataset, autoencoder, ranks, first_step, log)
     stop = distributed.StopRequest(ranks)

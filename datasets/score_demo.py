@@ -85,7 +85,7 @@ def load_samples(folder):
         raise UserError(f"{table} needs a header 'file,label,class' and at least one row")
     try:
         clips = [media.load_sample(table.parent / row["file"]) for row in rows]
-    except data.UNREADABLE as error:
+    except media.UNREADABLE as error:
         raise UserError(f"a clip that {table} names cannot be read: {error}") from None
     return clips, [row["class"] for row in rows]
 

@@ -1,0 +1,63 @@
+"""Two trades for the network's blocks, made from outside: time to compile for speed, speed for memory."""
+
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from errors import reason
+
+
+def add_flags(parser):
+    """--compile and --grad-checkpointing, on an argparse parser."""
+    add_compile(parser)
+    parser.add_argument(
+        "--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower"
+    )
+
+
+def add_compile(parser):
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks; the first step takes long")
+
+
+def apply(model, args, run_in, tell):
+    """Do what the flags ask for. args may lack grad_checkpointing (sampling). tell: where a fallback is said."""
+    if args.compile:
+        compile_blocks(model, run_in, tell)
+    if getattr(args, "grad_checkpointing", False):
+        checkpoint_blocks(model, run_in)
+
+
+def compile_blocks(model, run_in, tell):
+    """Compile each block in place; state dict and eager copies of the model are not affected.
+
+    All blocks share one compiled graph, so a deep network compiles no longer than a shallow one.
+    """
+    obstacle = _obstacle(model, run_in)
+    if obstacle:
+        tell(f"--compile has no effect: {obstacle}")
+        return
+    for block in model.blocks:
+        block.compile()
+
+
+def _obstacle(model, run_in):
+    if model.ebm != "none":
+        return "an energy's field is differentiated twice, which compiled graphs cannot be"
+    if run_in.rounded:
+        return "on this CPU 16-bit products are rounded by PyTorch's own hooks"
+    try:
+        torch.compile(torch.nn.functional.silu)(torch.zeros(2, device=run_in.device))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        return f"this machine cannot compile ({reason(error)})"
+    return None
+
+
+def checkpoint_blocks(model, run_in):
+    """Keep only each block's input in training, and run the block again in the backward pass, in its precision."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, run_in))
+
+
+def _contexts(run_in):
+    return torch.enable_grad(), run_in.autocast()

@@ -1,0 +1,74 @@
+"""Gradient checkpointing and compilation change speed and memory, not results."""
+
+import copy
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+
+import acceleration
+from models import EqM_models
+from precision import DTYPES, Precision
+
+CPU = torch.device("cpu")
+
+
+def tiny(ebm="none"):
+    torch.manual_seed(0)
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3, ebm=ebm)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.requires_grad else None
+    return model
+
+
+def field_and_gradients(model, run_in):
+    torch.manual_seed(1)
+    x, t, y = torch.randn(4, 4, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
+    with run_in.autocast():
+        field = model(x, t, y)
+    (1000 * field.float().square().mean()).backward()
+    return [field.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_checkpointed_blocks_give_the_same_gradients(name):
+    run_in = Precision(name, CPU, "test", rounded=name != "fp32")
+    plain = tiny().train()
+    checkpointed = copy.deepcopy(plain)
+    keys = list(checkpointed.state_dict())
+    acceleration.checkpoint_blocks(checkpointed, run_in)
+    calls = []
+    checkpointed.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    expected = field_and_gradients(plain, run_in)
+    assert all(torch.equal(a, b) for a, b in zip(field_and_gradients(checkpointed, run_in), expected, strict=True))
+    assert len(calls) > 1, "the block ran again in the backward pass"
+    assert list(checkpointed.state_dict()) == keys
+
+
+def test_compile_falls_back_in_words_where_it_cannot_work(monkeypatch):
+    told = []
+    fp32 = Precision("fp32", CPU, "test")
+    acceleration.compile_blocks(tiny("dot"), fp32, told.append)
+    acceleration.compile_blocks(tiny(), Precision("fp16", CPU, "test", rounded=True), told.append)
+
+    def broken(function):
+        raise RuntimeError("no compiler found\nmore lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = tiny()
+    acceleration.compile_blocks(model, fp32, told.append)
+    assert [line.startswith("--compile has no effect: ") for line in told] == [True] * 3
+    assert "differentiated twice" in told[0] and "rounded" in told[1] and "(no compiler found)" in told[2]
+    assert model.blocks[0]._compiled_call_impl is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for CPUs with g++")
+def test_compiled_blocks_give_the_same_field_and_keep_their_names():
+    model, fp32, told = tiny().train(), Precision("fp32", CPU, "test"), []
+    expected, keys = field_and_gradients(copy.deepcopy(model), fp32), list(model.state_dict())
+    acceleration.apply(model, Namespace(compile=True), fp32, told.append)
+    assert model.blocks[-1]._compiled_call_impl is not None and not told
+    for ours, plain in zip(field_and_gradients(model, fp32), expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+    assert list(model.state_dict()) == keys
