@@ -1,0 +1,278 @@
+"""train.py as its command line runs it, on images as pixels: what it writes, resumes, survives and refuses."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+from conftest import train_args
+from models import EqM_models
+
+PRECISIONS = {"fp32": [], "bf16": ["--use-bf16"], "fp16": ["--use-amp"]}
+TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
+REPO = Path(checkpoint.__file__).parents[1]
+
+
+@pytest.fixture
+def train(run_script, image_folder, tmp_path):
+    """train(*flags, root="runs"): one run; its outcome, with .folder (None if there is none) and .checkpoints."""
+
+    def run(*flags, root="runs", data=image_folder):
+        result = run_script("train", *train_args(data, tmp_path / root, *flags))
+        folders = sorted((tmp_path / root).glob("*-EqM-*"))
+        result.folder = folders[-1] if folders else None
+        result.checkpoints = sorted(result.folder.glob("checkpoints/*")) if folders else []
+        return result
+
+    return run
+
+
+def leaves(tree):
+    return torch.utils._pytree.tree_leaves_with_path(tree)
+
+
+def assert_same_checkpoint(one, other):
+    """Bit for bit, but for the args that differ on purpose."""
+    ours, theirs = (
+        {k: v for k, v in torch.load(p, weights_only=True).items() if k not in ("args", "meter")} for p in (one, other)
+    )
+    assert ours.keys() == theirs.keys()
+    for (path, a), (_, b) in zip(leaves(ours), leaves(theirs), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
+def rows(folder):
+    with open(folder / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_run_writes_what_people_already_read(train, name):
+    result = train(*PRECISIONS[name], "--log-every", 1)
+    assert result.code == 0, result.err
+    assert result.folder.name == "000-EqM-T-4-Linear-velocity-None"
+    log = (result.folder / "log.txt").read_text()
+    assert re.search(r"\(step=0000001\) Train Loss: \d+\.\d{4}, Train Steps/Sec: \d+\.\d\d, ", log)
+    assert f"Precision: {name.upper()}" in log
+    assert [row["step"] for row in rows(result.folder)] == ["1", "2"]
+    assert [path.name for path in result.checkpoints] == ["0000002.pt"]
+    saved = torch.load(result.checkpoints[0], weights_only=True)
+    assert {"model", "ema", "opt", "args", "step", "epoch", "scaler", "rng", "class_names", "precision"} <= saved.keys()
+    assert (saved["step"], saved["class_names"], saved["precision"]) == (2, ["cat", "dog"], name)
+    assert saved["args"]["num_classes"] == 2 and isinstance(saved["args"], dict)
+    tensors = [value for key in ("model", "ema", "opt") for _, value in leaves(saved[key])]
+    assert {v.dtype for v in tensors if isinstance(v, torch.Tensor)} == {torch.float32}
+    assert bool(saved["scaler"]) == (name == "fp16")
+
+
+def test_losses_of_the_three_precisions_agree(train):
+    losses = {}
+    for name, flags in PRECISIONS.items():
+        result = train(*flags, "--max-steps", 24, "--epochs", 20, "--log-every", 1, "--lr", 3e-3, root=name)
+        losses[name] = [float(row["Train Loss"]) for row in rows(result.folder)]
+    assert sum(losses["fp32"][-8:]) < sum(losses["fp32"][:8])
+    for name in ("bf16", "fp16"):
+        assert losses[name] == pytest.approx(losses["fp32"], rel=0.02) and losses[name] != losses["fp32"]
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_stopped_is_the_run_that_was_not(train, name, workers):
+    """In mid-epoch (6 files, batch 4), with accumulation, between log lines, with a schedule."""
+    flags = [
+        *PRECISIONS[name], "--grad-accum-steps", 2, "--num-workers", workers, "--epochs", 50, "--lr-schedule", "cosine",
+        "--warmup-steps", 2, "--log-every", 2, "--max-grad-norm", 1, "--ema-decay", 0.9,
+    ]  # fmt: skip
+    straight = train(*flags, "--max-steps", 7, "--ckpt-every", 3, root="straight")
+    Path(straight.checkpoints[-1]).rename(straight.folder / "end.pt")
+    resumed = train(*flags, "--max-steps", 7, "--ckpt", "latest", root="straight")
+    assert resumed.code == 0, resumed.err
+    assert resumed.folder == straight.folder
+    assert "Going on from" in resumed.out and ", exactly" in resumed.out
+    assert_same_checkpoint(straight.folder / "end.pt", straight.folder / "checkpoints/0000007.pt")
+    assert [row for row in rows(straight.folder) if row["step"] == "6"] == rows(straight.folder)[2:3]
+
+
+def test_the_log_after_a_stop_is_the_log_without_one(train):
+    flags = ["--epochs", 50, "--log-every", 4]
+    straight = train(*flags, "--max-steps", 8, root="straight")
+    train(*flags, "--max-steps", 6, root="stopped")
+    resumed = train(*flags, "--max-steps", 8, "--auto-resume", root="stopped")
+    assert rows(resumed.folder) == rows(straight.folder) and len(rows(straight.folder)) == 2
+    assert_same_checkpoint(straight.checkpoints[-1], resumed.checkpoints[-1])
+
+
+def test_another_precision_or_batch_goes_on_and_says_what_is_no_longer_exact(train):
+    first = train("--use-amp", "--epochs", 50)
+    for flags, words in [
+        (["--use-bf16"], "precision fp16 -> bf16"),
+        (["--global-batch-size", 2, "--use-amp"], "global_batch_size 4 -> 2"),
+    ]:
+        result = train("--ckpt", first.checkpoints[0], "--max-steps", 3, "--epochs", 50, *flags)
+        assert result.code == 0 and f"not exactly as without a stop: {words}" in result.out
+        assert result.folder != first.folder and result.checkpoints[0].name == "0000003.pt"
+
+
+def test_auto_resume_starts_goes_on_and_then_has_nothing_to_do(train):
+    flags = ["--auto-resume", "--epochs", 50]
+    first = train(*flags)
+    assert "Going on from" not in first.out
+    second = train(*flags, "--max-steps", 3)
+    third = train(*flags, "--max-steps", 3)
+    assert first.folder == second.folder == third.folder
+    assert "steps 2 to 3" in second.out and "steps 3 to 3" in third.out
+    assert third.code == 0 and len(third.checkpoints) == 2
+    other = train(*flags, "--lr", 5e-4)
+    assert other.folder != first.folder, "another configuration is another run"
+
+
+def test_latest_without_a_checkpoint_is_told(train):
+    result = train("--ckpt", "latest")
+    assert result.code == 2 and "holds no checkpoint of this configuration" in result.err
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_published_weights_are_a_start(train, tmp_path, bare):
+    torch.manual_seed(3)
+    weights = EqM_models["EqM-T/4"](input_size=8, num_classes=2, in_channels=3).state_dict()
+    saved = {"model": weights, "ema": weights, "opt": {}, "args": Namespace(model="EqM-T/4", image_size=64)}
+    saved.pop("opt")
+    torch.save(weights if bare else saved, tmp_path / "published.pt")
+    result = train("--ckpt", tmp_path / "published.pt", "--lr", 1e-12, "--ema-decay", 1)
+    assert result.code == 0 and "weights only, from step 0" in result.out
+    ours = checkpoint.load(result.checkpoints[0])["ema"]
+    assert all(torch.equal(ours[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize(
+    "flags",
+    ["--ebm dot", "--ebm l2 --disp", "--disp --no-uncond", "--path-type VP --prediction score", "--prediction noise",
+     "--path-type GVP --prediction score --loss-weight velocity", "--grad-checkpointing --grad-accum-steps 2"],
+)  # fmt: skip
+def test_every_way_to_train_is_finite_in_every_precision(train, name, flags):
+    result = train(*PRECISIONS[name], *flags.split(), "--log-every", 1)
+    assert result.code == 0, result.err
+    finite = [torch.isfinite(value).all() for value in checkpoint.load(result.checkpoints[0])["ema"].values()]
+    assert all(finite)
+    assert all(float(row["Train Loss"]) < 1e4 for row in rows(result.folder) if row["Skipped Steps"] == "0")
+
+
+def test_clips_and_latents_train_alike(run_script, train, clip_folder, tiny_vae, tmp_path):
+    """From the cache, the same posterior, flips, noise and order: the loss of encoding on the fly."""
+    encoding = ["--vae", tiny_vae, "--image-size", 16, "--video", "--clip-len", 4]
+    run_script(
+        "extract_latents", "--data-path", clip_folder, "--out", tmp_path / "cache", *encoding, "--num-workers", 0,
+        "--device", "cpu",
+    )  # fmt: skip
+    more = [*encoding, "--log-every", 1, "--max-steps", 4, "--epochs", 9]
+    fly = train(*more, data=clip_folder, root="fly")
+    assert fly.code == 0, fly.err
+    words = train_args(clip_folder, tmp_path / "cached", *more)
+    words[:2] = ["--latents", str(tmp_path / "cache")]
+    assert run_script("train", *words).code == 0
+    cached = next((tmp_path / "cached").iterdir())
+    ours, theirs = ([float(row["Train Loss"]) for row in rows(folder)] for folder in (cached, fly.folder))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, name):
+    result = train(
+        *PRECISIONS[name], "--max-steps", 40, "--epochs", 100, "--lr", 1e30, "--warmup-steps", 0, "--ckpt-every", 1,
+        "--log-every", 2,
+    )  # fmt: skip
+    assert result.code == 2 and f"not finite in {name.upper()}" in result.err and "--lr" in result.err
+    assert len(result.err.strip().splitlines()[-1]) < 400 and "Traceback" not in result.err
+    for path in result.checkpoints:
+        assert all(torch.isfinite(value).all() for value in checkpoint.load(path)["ema"].values())
+
+
+def test_checkpoints_are_pruned_to_the_newest(train):
+    result = train("--max-steps", 5, "--epochs", 50, "--ckpt-every", 1, "--keep-checkpoints", 2)
+    assert [path.name for path in result.checkpoints] == ["0000004.pt", "0000005.pt"]
+
+
+def test_a_bad_file_is_named_and_too_many_stop_the_run(train, image_folder, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for path in (image_folder / label).iterdir():
+            (tmp_path / "data" / label / path.name).symlink_to(path)
+    (tmp_path / "data/cat/broken.png").write_text("no picture")
+    told = train("--max-steps", 4, "--epochs", 9, data=tmp_path / "data")
+    assert told.code == 0 and told.out.count("broken.png does not decode") == 1
+    (tmp_path / "data/dog/worse.png").write_text("no picture")
+    stopped = train("--max-steps", 9, "--epochs", 9, data=tmp_path / "data")
+    assert stopped.code == 2 and "--max-bad-fraction" in stopped.err and "worse.png" in stopped.err
+    assert train("--epochs", 2, "--max-bad-fraction", 0.5, data=tmp_path / "data").code == 0
+
+
+def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(train, monkeypatch):
+    first = train("--epochs", 50)
+    before = first.checkpoints[0].read_bytes()
+
+    def full(state, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    result = train("--epochs", 50, "--max-steps", 3, "--auto-resume")
+    assert result.code == 2 and "No space left" in result.err
+    assert [path.name for path in result.checkpoints] == ["0000002.pt"]
+    assert first.checkpoints[0].read_bytes() == before
+
+
+def start(data, root, *flags, until="(step="):
+    """train.py in a process of its own, once it has printed a line with these words."""
+    command = [sys.executable, str(REPO / "EqM/train.py"), *train_args(data, root, *flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if until in line:
+            return process
+    raise AssertionError(f"the run ended before it said {until}")
+
+
+LONG = ["--max-steps", 100_000, "--epochs", 10**6, "--log-every", 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_exits_0(image_folder, tmp_path, number):
+    process = start(image_folder, tmp_path, *LONG, "--num-workers", 1)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "as the signal asked" in out
+    saved = checkpoint.load(next(tmp_path.glob("*/checkpoints/*.pt")))
+    assert f"Stopping after step {saved['step']}," in out
+
+
+def test_kill_9_during_saves_and_the_same_command_goes_on(image_folder, tmp_path, train):
+    flags = [*LONG, "--ckpt-every", 1, "--keep-checkpoints", 2, "--auto-resume"]
+    reached = 0
+    for kill in range(3):
+        process = start(image_folder, tmp_path / "runs", *flags, until="Saved")
+        time.sleep(0.1 * kill)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        path, content = checkpoint.newest(tmp_path / "runs", lambda args: True)
+        assert content["step"] > reached and path.parent.parent.name.startswith("000-")
+        reached = content["step"]
+    flags[1] = reached + 1
+    assert train(*flags).code == 0
+
+
+def test_pictures_of_any_kind_train(train, tmp_path):
+    for mode, suffix in [("L", "png"), ("P", "gif"), ("CMYK", "jpg"), ("RGBA", "webp"), ("I;16", "png")]:
+        folder = tmp_path / "data" / mode.replace(";", "")
+        folder.mkdir(parents=True)
+        Image.new(mode, (31, 17)).save(folder / f"x y.{suffix}")
+    result = train(data=tmp_path / "data")
+    assert result.code == 0 and "does not decode" not in result.out
