@@ -78,7 +78,7 @@ def test_a_run_writes_what_people_already_read(train, name):
 def test_losses_of_the_three_precisions_agree(train):
     losses = {}
     for name, flags in PRECISIONS.items():
-        result = train(*flags, "--max-steps", 24, "--epochs", 20, "--log-every", 1, "--lr", 3e-3, root=name)
+        result = train(*flags, "--max-steps", 24, "--epochs", 20, "--log-every", 1, "--lr", 1e-3, root=name)
         losses[name] = [float(row["Train Loss"]) for row in rows(result.folder)]
     assert sum(losses["fp32"][-8:]) < sum(losses["fp32"][:8])
     for name in ("bf16", "fp16"):
