@@ -1,0 +1,259 @@
+"""Bad arguments, one line each; and the real commands under torchrun with one and two ranks."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import cli
+import data
+import latents
+import seeds
+from conftest import train_args
+from errors import UserError
+from models import EqM_models
+from test_sample_gd import IMAGE_ARGS, save_checkpoint
+from test_train import REPO, assert_same_checkpoint
+from transport import Transport
+
+COUNTS = "0 -1 1.5 x inf nan"  # none of them a positive whole number
+
+BAD = {
+    "train": {
+        "--global-batch-size": COUNTS,
+        "--epochs": COUNTS,
+        "--max-steps": COUNTS,
+        "--log-every": COUNTS,
+        "--ckpt-every": COUNTS,
+        "--keep-checkpoints": COUNTS,
+        "--grad-accum-steps": COUNTS,
+        "--image-size": COUNTS + " 9",
+        "--num-classes": COUNTS + " 1",
+        "--clip-len": "0 -4 four",
+        "--patch-frames": "0 x",
+        "--frame-interval": "0 -1 x",
+        "--num-workers": "-1 x 0.5",
+        "--warmup-steps": "-1 x",
+        "--global-seed": "-1 x",
+        "--lr": "0 -1 nan inf x",
+        "--max-grad-norm": "0 -1 nan inf x",
+        "--ema-decay": "-0.1 1.1 nan x",
+        "--max-bad-fraction": "-0.1 2 x",
+        "--train-eps": "-1 2 nan x",
+        "--sample-eps": "-1 2 x",
+        "--model": "EqM-S EqM-S/3 DiT-S/4",
+        "--ebm": "sum",
+        "--path-type": "linear",
+        "--prediction": "data",
+        "--loss-weight": "none",
+        "--lr-schedule": "step",
+        "--vae-precision": "bf16",
+        "--vae": "large /nowhere",
+        "--device": "gpu cuda:99 tpu",
+        "--ckpt": "/nowhere.pt latest",
+        "--data-path": "/nowhere",
+        "--csv": "/nowhere.csv",
+        "--results-dir": "/dev/null/results",
+        "--latents": "/nowhere",
+        "--no-such-flag": "1",
+        "--use-bf16": "1",
+    },
+    "sample_gd": {
+        "--num-fid-samples": COUNTS,
+        "--global-batch-size": COUNTS,
+        "--num-sampling-steps": COUNTS + " 1",
+        "--fps": COUNTS,
+        "--cfg-channels": COUNTS,
+        "--stepsize": "0 -1 nan inf x",
+        "--cfg-scale": "-1 nan inf x",
+        "--mu": "-0.1 1.1 nan x",
+        "--sampler": "adam",
+        "--clip-format": "avi",
+        "--classes": "emu 3 -1",
+        "--ckpt": "/nowhere.pt /dev/null",
+        "--folder": "/dev/null/samples",
+        "--global-seed": "-1 x",
+        "--model": "EqM-S/4 EqM-Z/1",
+        "--image-size": "16 0",
+        "--device": "gpu",
+    },
+    "extract_latents": {
+        "--batch-size": COUNTS,
+        "--image-size": COUNTS + " 10",
+        "--clip-len": "0 x",
+        "--vae": "none /nowhere",
+        "--data-path": "/nowhere",
+        "--out": "/dev/null/cache",
+        "--num-workers": "-1 x",
+        "--frame-interval": "2",
+        "--device": "gpu",
+    },
+}
+TABLE = [(s, flag, value) for s, flags in BAD.items() for flag, values in flags.items() for value in values.split()]
+
+
+@pytest.fixture
+def base(image_folder, tiny_vae, tmp_path):
+    """For each script, arguments it runs with."""
+    ckpt = save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS)
+    return {
+        "train": train_args(image_folder, tmp_path / "runs"),
+        "sample_gd": ["--ckpt", ckpt, "--folder", tmp_path / "samples", "--device", "cpu"],
+        "extract_latents": [
+            "--data-path", image_folder, "--out", tmp_path / "cache", "--vae", tiny_vae, "--image-size", 16,
+            "--device", "cpu", "--num-workers", 0,
+        ],
+    }  # fmt: skip
+
+
+def assert_one_line(result):
+    assert result.code == 2, result.err
+    assert result.err.count("\n") == 1 and "error: " in result.err and "Traceback" not in result.err, result.err
+
+
+def test_there_are_more_than_80_bad_values():
+    assert len(TABLE) > 80
+
+
+@pytest.mark.parametrize(("script", "flag", "value"), TABLE)
+def test_a_bad_value_is_one_line_before_anything_is_made(run_script, base, tmp_path, script, flag, value):
+    result = run_script(script, *base[script], flag, value)
+    assert_one_line(result)
+    assert flag in result.err or "unrecognized" in result.err or value in result.err
+    assert not [tmp_path / name for name in ("runs", "samples", "cache") if (tmp_path / name).exists()]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("train", "--use-amp --use-bf16", "not allowed with"),
+        ("sample_gd", "--use-amp --use-bf16", "not allowed with"),
+        ("train", "--global-batch-size 5 --grad-accum-steps 2", "does not divide"),
+        ("train", "--video", "--video"),
+        ("train", "--video --clip-len 6 --image-size 16", "--clip-len 6 must be a multiple"),
+        ("train", "--ebm dot --grad-checkpointing", "--grad-checkpointing"),
+        ("train", "--latents /nowhere", "either --data-path"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_one_line(run_script, base, tmp_path, script, flags, words):
+    result = run_script(script, *base[script], *flags.split())
+    assert_one_line(result)
+    assert words in result.err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", BAD)
+def test_help_names_every_flag_with_its_default(run_script, script):
+    result = run_script(script, "--help")
+    assert result.code == 0 and "--use-bf16" in result.out and "default" in result.out
+
+
+def test_a_flag_that_is_missing_is_one_line(run_script):
+    for script, flag in [("train", "--data-path"), ("sample_gd", "--ckpt"), ("extract_latents", "--out")]:
+        result = run_script(script)
+        assert_one_line(result)
+        assert flag in result.err
+
+
+def test_only_one_rank_tells_a_bad_argument(run_script, base, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = run_script("train", *base["train"], "--lr", "x")
+    assert result.code == 2 and result.err == ""
+
+
+def test_a_programming_error_keeps_its_traceback():
+    def broken():
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        cli.run(broken)
+
+    def told():
+        raise UserError("theirs")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(told)
+    assert stop.value.code == 2
+
+
+def torchrun(ranks, script, *argv, check=True):
+    """A script under torchrun, as people start it."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, REPO / "EqM" / f"{script}.py", *map(str, argv)],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def losses(root):
+    with open(next(root.glob("*/metrics.csv"))) as file:
+        return [float(row["Train Loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("flag", ["--use-bf16", "--use-amp"])
+def test_two_ranks_train_stop_go_on_exactly_and_sample(image_folder, tmp_path, flag):
+    flags = [flag, "--grad-accum-steps", 2, "--epochs", 50, "--log-every", 1, "--num-workers", 1]
+    torchrun(2, "train", *train_args(image_folder, tmp_path / "straight", *flags, "--max-steps", 4))
+    torchrun(2, "train", *train_args(image_folder, tmp_path / "stopped", *flags))
+    resumed = torchrun(
+        2, "train", *train_args(image_folder, tmp_path / "stopped", *flags, "--max-steps", 4, "--auto-resume")
+    )
+    assert ", exactly" in resumed.stdout and "2 rank(s)" in resumed.stdout
+    (straight,) = (tmp_path / "straight").glob("*/checkpoints/0000004.pt")
+    (stopped,) = (tmp_path / "stopped").glob("*/checkpoints/0000004.pt")
+    assert_same_checkpoint(straight, stopped)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+    words = "--num-fid-samples 5 --num-sampling-steps 3 --stepsize 0.1 --device cpu --global-batch-size 4"
+    pixels = []
+    for ranks in (1, 2):
+        torchrun(ranks, "sample_gd", "--ckpt", straight, "--folder", tmp_path / f"s{ranks}", flag, *words.split())
+        with np.load(tmp_path / f"s{ranks}.npz") as archive:
+            pixels.append(archive["arr_0"].astype(int))
+    assert pixels[0].shape == (5, 8, 8, 3) and np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_two_ranks_with_accumulation_step_along_the_mean_gradient(image_folder, tmp_path):
+    """Adam's first moment after one step is a tenth of it; here it is put together from each rank's two passes."""
+    torchrun(2, "train", *train_args(image_folder, tmp_path, "--max-steps", 1, "--grad-accum-steps", 2))
+    saved = checkpoint.load(next(tmp_path.glob("*/checkpoints/*.pt")))
+
+    torch.manual_seed(0)
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=2, in_channels=3).train()
+    files = data.LabelledFiles(*data.find_files(image_folder, clips=False), size=8)
+    for rank in range(2):
+        stream = iter(data.Stream(len(files), batch_size=1, rank=rank, world_size=2, seed=0))
+        seeds.seed_step(0, 1, rank)
+        for _ in range(2):
+            pixels, label, _ = files[next(stream)[0]]
+            point = Transport().sample(latents.to_pixels(pixels[None]))
+            loss = Transport().loss(model(point.xt, point.t, torch.tensor([label])), point).mean()
+            (loss / 4).backward()
+    for i, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad:
+            moment = saved["opt"]["state"][i]["exp_avg"]
+            torch.testing.assert_close(moment, 0.1 * parameter.grad, rtol=1e-4, atol=1e-7)
+    assert saved["world_size"] == 2
+
+
+def test_a_rank_that_fails_takes_the_others_down_with_its_reason(image_folder, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        (tmp_path / "data" / label / "x.png").write_text("no picture")
+    result = torchrun(2, "train", *train_args(tmp_path / "data", tmp_path / "runs"), check=False)
+    assert result.returncode != 0 and "no file of class" in result.stderr
+
+
+def test_two_ranks_encode_one_cache(clip_folder, tiny_vae, tmp_path):
+    words = ["--vae", tiny_vae, "--image-size", 16, "--video", "--clip-len", 2, "--num-workers", 0, "--device", "cpu"]
+    for ranks in (1, 2):
+        torchrun(ranks, "extract_latents", "--data-path", clip_folder, "--out", tmp_path / f"c{ranks}", *words)
+    one, two = (np.load(tmp_path / f"c{ranks}" / "moments.npy").astype(float) for ranks in (1, 2))
+    assert np.abs(one - two).max() < 1e-2 and np.load(tmp_path / "c2/done.npy").all()
