@@ -1,0 +1,75 @@
+"""What the documents tell people to type works, and the files they name exist."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import train_args
+
+REPO = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "MIXED_PRECISION.md", "datasets/README.md")
+
+
+def commands(document):
+    """(script, arguments) of every indented or fenced command that runs a Python file of ours."""
+    text = (REPO / document).read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^    (?:python|torchrun) .*?\b((?:EqM|datasets)/\w+)\.py *(.*)$", text, re.M)
+    return [(script, shlex.split(rest.split("  #")[0])) for script, rest in found]
+
+
+MIXED = commands("MIXED_PRECISION.md")
+
+
+def test_the_documents_hold_commands():
+    assert len(MIXED) >= 8 and len(commands("README.md")) >= 5
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.mark.parametrize(("script", "argv"), MIXED, ids=lambda part: part if isinstance(part, str) else " ".join(part))
+def test_every_command_of_mixed_precision_runs(run_script, image_folder, trained, tmp_path, script, argv):
+    """As it stands, with a tiny model and few steps added."""
+    if not list(trained.glob("*/checkpoints/*.pt")):
+        assert run_script("train", *train_args(image_folder, trained, "--use-bf16")).code == 0
+    places = {"DATA": image_folder, "CHECKPOINT": next(trained.glob("*/checkpoints/*.pt"))}
+    argv = [str(places.get(word, word)) for word in argv]
+    if script == "EqM/train":
+        tiny = train_args(image_folder, tmp_path, "--max-steps", 3, "--epochs", 9)[2:]
+    else:
+        tiny = ["--folder", tmp_path / "s", *["--num-fid-samples", "2", "--num-sampling-steps", "3", "--device", "cpu"]]
+    result = run_script(Path(script).name, *tiny, *argv)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_other_command_has_flags_that_exist(document, monkeypatch, tmp_path):
+    for script, argv in commands(document):
+        if script.startswith("EqM/") and "..." not in argv:
+            module = importlib.import_module(Path(script).name)
+            monkeypatch.setattr(sys, "argv", [script, *argv])
+            module.parse_args()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_a_document_names_is_there(document):
+    text = (REPO / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:EqM|datasets|tests)/\w+\.(?:py|md|png)\b", text)) | {
+        link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")
+    }
+    assert named
+    for name in named:
+        assert (REPO / name).exists() or (REPO / document).parent.joinpath(name).exists(), name
+
+
+def test_the_readmes_file_tree_names_every_module():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    tree = readme[readme.index("## Where things are") :]
+    missing = [path.name for path in (REPO / "EqM").glob("*.py") if path.name not in tree]
+    assert not missing
