@@ -178,11 +178,12 @@ def add_sampler(parser):
 def settle(args, trained_with):
     """Fill in what the flags left open from the args a checkpoint was trained with, else the published defaults.
 
-    Raises UserError if a flag contradicts the checkpoint.
+    Raises UserError if a flag contradicts the checkpoint. Another autoencoder does not: the same one may lie elsewhere.
     """
     for name, default in MODEL_DEFAULTS.items():
         given, trained = getattr(args, name), trained_with.get(name)
-        if given is not None and trained is not None and given != trained:
+        agree = given == trained or (name == "vae" and "none" not in (given, trained))
+        if given is not None and trained is not None and not agree:
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{flag} {given} contradicts the checkpoint, which was trained with {trained}; leave it out"

@@ -5,6 +5,7 @@ Letters: N batch, C channels, T frames, H W height and width, h w the same in la
 """
 
 import json
+import logging
 import os
 import warnings
 
@@ -137,8 +138,13 @@ def load(name, run_in):
     from diffusers import AutoencoderKL  # seconds to import, and pixel-space runs do without
 
     published = name in PUBLISHED
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry
+    source = f"stabilityai/sd-vae-ft-{name}" if published else name
     try:
-        network = AutoencoderKL.from_pretrained(f"stabilityai/sd-vae-ft-{name}" if published else name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # The default wants another package, only to save a moment's memory.
+            network = AutoencoderKL.from_pretrained(source, local_files_only=not published, low_cpu_mem_usage=False)
     except Exception as error:
         if published:
             advice = "without network or cached weights use --vae none (pixels) or --vae DIR (a local AutoencoderKL)"
