@@ -13,7 +13,8 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 
 # Encodes the embedded clips, trains on their latents in BF16, samples in BF16 and scores the samples. The 16 bits are
 # there to show that they work: at this size, on a CPU, they are no faster than FP32.
-demo: export OMP_NUM_THREADS = 1  # a network this small gains little from a second core, and loses much if it is busy
+# A network this small gains little from a second core, and loses much if something else wants it.
+demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	$(PY) EqM/extract_latents.py --data-path datasets/demo --vae datasets/demo-vae --image-size 32 --no-flip \
