@@ -2,8 +2,10 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,3 +259,66 @@ def test_two_ranks_encode_one_cache(clip_folder, tiny_vae, tmp_path):
         torchrun(ranks, "extract_latents", "--data-path", clip_folder, "--out", tmp_path / f"c{ranks}", *words)
     one, two = (np.load(tmp_path / f"c{ranks}" / "moments.npy").astype(float) for ranks in (1, 2))
     assert np.abs(one - two).max() < 1e-2 and np.load(tmp_path / "c2/done.npy").all()
+
+
+INF_ON_ONE_RANK = """
+import torch, distributed, optimizer, precision
+from models import EqM_models
+ranks = distributed.setup("cpu")
+run_in = precision.Precision("fp16", ranks.device, "test", rounded=True)
+torch.manual_seed(0)
+model = EqM_models["EqM-T/4"](input_size=8, num_classes=2)
+network = distributed.data_parallel(model, ranks)
+adamw, scaler, guard = optimizer.adamw(model, 1e-2), run_in.grad_scaler(), precision.StepGuard(run_in)
+seen = []
+for step in range(2):
+    adamw.zero_grad()
+    with run_in.autocast():
+        output = network(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1]))
+    loss = (output.float() - 1).square().mean()
+    if step == 0 and ranks.rank == 1:
+        loss = loss * float("inf")
+    scaler.scale(loss).backward()
+    scaler.unscale_(adamw)
+    adamw.found_inf = 1 - guard.judge(optimizer.clip_gradients(model))
+    scaler.step(adamw)
+    scaler.update()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    seen.append((guard.check(step, scaler.get_scale()), scaler.get_scale(), weights.double().sum().item()))
+both = distributed.gather(torch.tensor(seen, dtype=torch.float64))
+if ranks.is_main:
+    torch.manual_seed(0)
+    fresh = EqM_models["EqM-T/4"](input_size=8, num_classes=2)
+    start = torch.cat([p.detach().flatten() for p in fresh.parameters()]).double().sum().item()
+    assert torch.equal(both[0], both[1]), both
+    assert seen[0] == (1, 32768.0, start) and seen[1][:2] == (1, 32768.0) and seen[1][2] != start, (seen, start)
+    print("the same on both")
+distributed.cleanup()
+"""
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path):
+    script = tmp_path / "inf_on_one_rank.py"
+    script.write_text(INF_ON_ONE_RANK)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(REPO / "EqM")},
+    )  # fmt: skip
+    assert "the same on both" in result.stdout, result.stderr
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(image_folder, tmp_path):
+    """Slurm warns every process; a person warns one."""
+    flags = ["--max-steps", 100_000, "--epochs", 10**6, "--log-every", 1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    process = subprocess.Popen(
+        [*command, REPO / "EqM/train.py", *train_args(image_folder, tmp_path, *flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while "(step=" not in process.stdout.readline():
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    saved = checkpoint.load(next(tmp_path.glob("*/checkpoints/*.pt")))
+    assert process.returncode == 0 and f"Stopping after step {saved['step']}," in out
