@@ -8,6 +8,7 @@ random and the autoencoder is Stable Diffusion's in shape, with random weights: 
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -297,6 +298,7 @@ def contest(args, work, device):
             rate, memory[recipe, name] = timed(run, args.steps, device)
             rates[recipe, name].append(rate)
             del run
+            gc.collect()  # a contender refers to itself
     counted = flops(OURS[work](args, resolve(args.precisions[0], device)))
     rows = []
     for (recipe, name), found in rates.items():
