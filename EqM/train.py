@@ -27,6 +27,7 @@ import run_log
 import seeds
 from ema import EMA
 from errors import UserError
+from preview import Preview
 from transport import LOSS_WEIGHTS, Transport, dispersive_loss
 
 
@@ -62,6 +63,8 @@ def parse_args():
     group.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=cli.positive_int, default=50_000, help="steps between checkpoints")
     group.add_argument("--keep-checkpoints", type=cli.positive_int, help="remove all but this many newest")
+    group.add_argument("--sample-every", type=cli.positive_int, help="steps between contact sheets of EMA samples")
+    group.add_argument("--cfg-scale", type=cli.non_negative, default=4.0, help="guidance of these samples; 1 is none")
     group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
     args = parser.parse_args()
@@ -158,7 +161,8 @@ def main():
     total_steps = math.ceil(args.epochs * len(dataset) / args.global_batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
 
-    autoencoder = None if args.latents else latents.load(args.vae, precision.of_vae(args, run_in))
+    needs_autoencoder = args.sample_every or not args.latents
+    autoencoder = latents.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
     model = cli.build_model(args).to(ranks.device)
     ema = EMA(model, args.ema_decay)
@@ -209,6 +213,9 @@ def main():
             checkpoint.prune(folder, args.keep_checkpoints)
         log.info(f"Saved checkpoint {step:07d}.pt")
 
+    preview = None
+    if args.sample_every and ranks.is_main:
+        preview = Preview(run_folder, args, ema.model, transport, autoencoder, run_in, dataset.class_names)
     acceleration.apply(model, args, run_in, log.info)
     network = distributed.data_parallel(model.train(), ranks)
     stream = batches(args, dataset, autoencoder, ranks, first_step, log)
@@ -255,6 +262,8 @@ def main():
                 "Samples": step * args.global_batch_size,
                 "Peak GiB": run_log.peak_memory(ranks.device),
             })  # fmt: skip
+        if preview and step % args.sample_every == 0:
+            preview(step)
         if stop.agreed():
             log.info(f"Stopping after step {step}, as the signal asked")
             break

@@ -31,6 +31,8 @@ BAD = {
         "--epochs": COUNTS,
         "--max-steps": COUNTS,
         "--log-every": COUNTS,
+        "--sample-every": COUNTS,
+        "--cfg-scale": "-1 nan x",
         "--ckpt-every": COUNTS,
         "--keep-checkpoints": COUNTS,
         "--grad-accum-steps": COUNTS,

@@ -279,3 +279,15 @@ def test_pictures_of_any_kind_train(train, tmp_path):
         Image.new(mode, (31, 17)).save(folder / f"x y.{suffix}")
     result = train(data=tmp_path / "data")
     assert result.code == 0 and "does not decode" not in result.out
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, name):
+    flags = [*PRECISIONS[name], "--epochs", 50, "--max-steps", 4, "--log-every", 1, "--lr", 1e-2, "--ema-decay", 0.5]
+    plain = train(*flags, root="plain")
+    watched = train(*flags, "--sample-every", 2, root="watched")
+    assert_same_checkpoint(plain.checkpoints[-1], watched.checkpoints[-1])
+    sheets = sorted((watched.folder / "samples").iterdir())
+    assert [path.name for path in sheets] == ["0000002.png", "0000004.png"]
+    first, second = (np.asarray(Image.open(path)) for path in sheets)
+    assert first.shape == second.shape and not np.array_equal(first, second)
