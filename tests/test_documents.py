@@ -45,8 +45,8 @@ def test_every_command_of_mixed_precision_runs(run_script, image_folder, trained
     else:
         tiny = ["--folder", tmp_path / "s", *["--num-fid-samples", "2", "--num-sampling-steps", "3", "--device", "cpu"]]
     if script == "EqM/benchmark":
-        tiny, argv = argv, "--model EqM-T/4 --image-size 32 --batch-size 1 --rounds 1 --steps 1 --device cpu".split()
-        argv += ["--out", str(tmp_path / "benchmark")]
+        words = "--model EqM-T/4 --image-size 32 --batch-size 1 --rounds 1 --steps 1 --device cpu"
+        tiny, argv = argv, [*words.split(), "--out", str(tmp_path / "benchmark")]
     result = run_script(Path(script).name, *tiny, *argv)
     assert result.code == 0, result.err
 
