@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import precision
 from errors import UserError
 from models import EqM_models
-from precision import DTYPES, Precision, RoundedProducts, StepGuard
+from precision import DTYPES, Precision, ProductAttention, RoundedProducts, StepGuard
 from transport import Transport, dispersive_loss
 
 CPU = torch.device("cpu")
@@ -267,3 +267,20 @@ def test_a_training_step_never_waits_for_the_gpu(name):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_product_attention_agrees_with_fp64_as_well_as_the_dtype_can(name):
+    """Values and gradients of attention in a training step on a CPU."""
+    dtype = DTYPES[name]
+    ours = torch.randn(3, 2, 4, 16, 8, dtype=dtype, requires_grad=True)  # q, k, v: (N, heads, L, D / heads)
+    exact = ours.detach().double().requires_grad_()
+    expected = F.scaled_dot_product_attention(*exact)
+    with ProductAttention():
+        out = F.scaled_dot_product_attention(*ours)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    assert out.dtype == dtype
+    assert relative(out, expected) < TOLERANCE[name]
+    assert relative(ours.grad, exact.grad) < 2 * TOLERANCE[name]
