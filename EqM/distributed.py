@@ -1,5 +1,6 @@
 """Processes and devices: one process or many under torchrun, on GPUs (NCCL) or CPUs (gloo)."""
 
+import ctypes
 import os
 import signal
 from dataclasses import dataclass
@@ -39,9 +40,24 @@ def setup(device_name=None):
         raise UserError(f"--device {name} cannot be used ({reason(error)}); try --device cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(int(os.environ.get("RANK", 0)), world_size, device)
+
+
+def _keep_freed_memory():
+    """Let glibc use freed blocks again instead of giving them back to the system after every step.
+
+    A step on a CPU frees and takes gigabytes, and each page taken anew is a fault that the system clears first:
+    a fifth to a third of a BF16 step of EqM-B/4. Peak memory stays the same. Elsewhere than glibc: nothing.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, most = -1, -3, 2**31 - 1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, most)
+        mallopt(M_MMAP_THRESHOLD, most)
 
 
 def cleanup():
