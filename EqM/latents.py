@@ -62,11 +62,11 @@ class VAE:
     """A frozen diffusers AutoencoderKL and its scaling: latents = (z - shift) * scale.
 
     run_in: the network's Precision; the posterior is sampled in FP32 in any case. chunk: how many
-    frames go through it at once.
+    frames go through it at once. Its convolutions run channels-last, which 16-bit units want.
     """
 
     def __init__(self, network, run_in, scale, shift=0.0, chunk=64):
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.run_in = run_in
         if run_in.name == "bf16":
             run_in.cast_weights(self.network)  # FP16 keeps FP32 weights, to fall back on
@@ -103,7 +103,7 @@ class VAE:
     def _run(self, function):
         """The network's result in FP32. If FP16 overflows, this and all that follows is done in FP32."""
         with self.run_in.autocast():
-            result = function().float()
+            result = function().float().contiguous()  # noise drawn like it follows the order in memory
         if self.run_in.name == "fp16" and not torch.isfinite(result).all():
             warnings.warn("the autoencoder overflows in FP16; it goes on in FP32 (--vae-precision fp32)", stacklevel=2)
             self.run_in = precision.fp32(result.device)
