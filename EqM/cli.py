@@ -51,10 +51,10 @@ def complain(line, every_rank=True):
 
 
 def run(main):
-    """Run a script's main; a UserError becomes one line on stderr and exit status 2."""
+    """Run a script's main; a UserError, or an OSError such as a full disk, is one line on stderr and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         where = f" (rank {rank})" if rank != "0" else ""
         complain(f"{os.path.basename(sys.argv[0])}: error{where}: {error}")

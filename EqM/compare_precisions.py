@@ -23,12 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import cli
 import distributed
 import media
 from errors import UserError, reason
+from precision import FLAGS
 from precision_error import table
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +39,6 @@ sys.path.append(str(DATASETS))
 
 import score_demo  # noqa: E402
 
-FLAGS = {"fp32": [], "bf16": ["--use-bf16"], "fp16": ["--use-amp"]}
 COLOURS = {"fp32": "black", "bf16": "tab:blue", "fp16": "tab:orange"}
 SHEET_SAMPLES = 4  # on the contact sheet, each nine times
 EARLY_STEPS = 5  # of a short FP32 run: adaLN-Zero starts with small gradients, where FP16 loses most
@@ -86,15 +87,6 @@ def parse_args(argv):
     args.precisions = [name for name in FLAGS if name in args.precisions or name == "fp32"]
     args.train = train
     return args
-
-
-def figure_class():
-    """matplotlib's Figure. Raises UserError where it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("compare_precisions.py draws with matplotlib: pip install matplotlib") from None
-    return Figure
 
 
 def open_out(args):
@@ -279,7 +271,7 @@ def band(axes, steps, runs, name):
     axes.fill_between(steps, runs.min(axis=0), runs.max(axis=0), alpha=0.2, color=COLOURS[name], linewidth=0)
 
 
-def draw_losses(Figure, history):
+def draw_losses(history):
     """Loss curves with their range over seeds; their difference from FP32 of the same seed; its size beside noise."""
     figure = Figure(figsize=(8, 10), layout="constrained")
     losses, differences, sizes = figure.subplots(3, 1, sharex=True)
@@ -303,7 +295,7 @@ def draw_losses(Figure, history):
     return figure
 
 
-def draw_history(Figure, history):
+def draw_history(history):
     """Gradient norm of all precisions; scale and skipped steps of FP16's runs."""
     figure = Figure(figsize=(8, 8), layout="constrained")
     norm, scale, skipped = figure.subplots(3, 1, sharex=True)
@@ -437,7 +429,6 @@ compared as written: GIFs, of 256 colours a frame at most.
 def main():
     begun = time.monotonic()
     args = parse_args(sys.argv[1:])
-    Figure = figure_class()
     device = distributed.setup(args.device).device
     open_out(args)
     seeds = range(args.global_seed, args.global_seed + args.seeds)
@@ -459,8 +450,8 @@ def main():
     )  # fmt: skip
 
     history = histories(args, seeds)
-    draw_losses(Figure, history).savefig(args.out / "loss.png", dpi=120)
-    draw_history(Figure, history).savefig(args.out / "history.png", dpi=120)
+    draw_losses(history).savefig(args.out / "loss.png", dpi=120)
+    draw_history(history).savefig(args.out / "history.png", dpi=120)
     contact_sheet(args, seeds[0]).save(args.out / "samples.png")
     text = report(args, device, seeds, (time.monotonic() - begun) / 60, history)
     (args.out / "report.md").write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from errors import UserError
 
+FLAGS = {"fp32": [], "bf16": ["--use-bf16"], "fp16": ["--use-amp"]}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: log.txt, metrics.csv, and trackers when asked for. Only the main rank writes."""
+"""What a run tells: log.txt, metrics.csv, loss.png, and trackers when asked for. Only the main rank writes."""
 
 import csv
 import resource
@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from errors import UserError
+from errors import UserError, reason
 
 
 def new_run_folder(args):
@@ -28,7 +28,7 @@ def new_run_folder(args):
 
 
 class RunLog:
-    """Lines to the terminal and log.txt, one row of figures per logged step to metrics.csv, and trackers.
+    """Lines to the terminal and log.txt, figures of each logged step to metrics.csv, loss.png and trackers.
 
     folder: the run's; None keeps silent (ranks other than the main one). args: the run's, for the trackers
     that args.wandb and args.tensorboard ask for.
@@ -61,10 +61,29 @@ class RunLog:
         for track in self.trackers:
             track(figures, step)
 
+    def draw(self):
+        """Draw loss.png anew from metrics.csv: loss and gradient norm by step."""
+        if self.folder is None or not self._metrics.exists():
+            return
+        from matplotlib.figure import Figure  # takes a second to import
+
+        with open(self._metrics, newline="", encoding="utf-8") as file:
+            rows = {int(row["step"]): row for row in csv.DictReader(file)}  # a resumed run may say a step again
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        for axes, name in zip(figure.subplots(2, 1, sharex=True), ("Train Loss", "Grad Norm"), strict=True):
+            axes.plot(sorted(rows), [float(rows[step][name]) for step in sorted(rows)], linewidth=1)
+            axes.set(ylabel=name, yscale="log")
+            axes.grid(alpha=0.3)
+        axes.set_xlabel("step")
+        figure.savefig(self.folder / "loss.png", dpi=120)
+
+    @property
+    def _metrics(self):
+        return self.folder / "metrics.csv"
+
     def _row(self, row):
-        path = self.folder / "metrics.csv"
-        new = not path.exists()
-        with open(path, "a", newline="", encoding="utf-8") as file:
+        new = not self._metrics.exists()
+        with open(self._metrics, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, row)
             if new:
                 writer.writeheader()
@@ -82,7 +101,12 @@ def _wandb(folder, args):
         import wandb
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
-    wandb.init(project="EqM", name=folder.name, dir=str(folder), config=vars(args))
+    try:
+        wandb.init(project="EqM", name=folder.name, dir=str(folder), config=vars(args))
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"--wandb cannot start: {reason(error)} `wandb login` once, or `wandb offline` to keep figures here"
+        ) from None
     return wandb.log
 
 

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=N EqM/train.py --data-path DIR --model EqM-XL/2 --use-bf16
     python EqM/train.py --data-path DIR --model EqM-S/4 --video --clip-len 4 --use-amp
 
-Reads top to bottom: arguments, data, what is saved and resumed, and in main() one loop. Every precision takes
-the same path through it: autocast and the scaler do nothing where they are not needed.
+Reads top to bottom: arguments, data, what is resumed, the step (Trainer.step) and in main() the one loop of steps.
+Every precision takes the same path: autocast and the scaler do nothing where they are not needed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from preview import Preview
 from transport import LOSS_WEIGHTS, Transport, dispersive_loss
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = cli.Parser(__doc__.splitlines()[0])
     switch = argparse.BooleanOptionalAction
     cli.add_model(parser)
@@ -67,7 +67,7 @@ def parse_args():
     group.add_argument("--cfg-scale", type=cli.non_negative, default=4.0, help="guidance of these samples; 1 is none")
     group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.data_path is None) == (args.latents is None):
         parser.error("give either --data-path, to encode as you train, or --latents")
     if args.latents and (args.csv or args.frame_interval):
@@ -100,16 +100,16 @@ def micro_batch_size(args, ranks):
     return size
 
 
-def batches(args, dataset, autoencoder, ranks, first_step, log):
+def batches(args, dataset, autoencoder, ranks, first_step, tell):
     """Endless micro-batches of this rank from a step on: latents FP32 (N, C, [T,] h, w) and labels (N,).
 
-    What is random about them comes from torch's generators at the moment a batch is asked for.
+    What is random about them comes from torch's generators at the moment a batch is asked for. tell: for bad files.
     """
     keys = data.Stream(
         len(dataset), micro_batch_size(args, ranks), ranks.rank, ranks.world_size, args.global_seed,
         first_batch=first_step * args.grad_accum_steps,
     )  # fmt: skip
-    bad_files = data.BadFiles(dataset, args.max_bad_fraction, log.info)
+    bad_files = data.BadFiles(dataset, args.max_bad_fraction, tell)
     for items, labels, bad in data.read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
         bad_files.note(bad)
         items, labels = (part.to(ranks.device, non_blocking=True) for part in (items, labels))
@@ -131,8 +131,9 @@ def find_checkpoint(args):
     return found or (None, None)
 
 
-def restore(parts, saved, path):
+def restore(trainer, saved, path):
     """Load every part a checkpoint has; returns the step it was saved at, 0 for published weights."""
+    parts = trainer.parts()
     checkpoint.load_weights(parts["model"], saved["model"], path, saved["args"])
     checkpoint.load_weights(parts["ema"], saved["ema"], path, saved["args"])
     if "opt" in saved:
@@ -152,6 +153,61 @@ def what_changed(args, saved, run_in, ranks):
     return ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if then[key] != now[key])
 
 
+class Trainer:
+    """A model with everything that changes it, and the step they make together, the same in every precision.
+
+    args: lr, ema_decay, max_grad_norm and the rest of what parse_args settles. model: on its device, in FP32.
+    run_in: the Precision. network: the model as it is called, which data_parallel may wrap.
+    """
+
+    def __init__(self, args, model, run_in, total_steps):
+        self.args = args
+        self.run_in = run_in
+        self.model = self.network = model.train()
+        self.ema = EMA(model, args.ema_decay)
+        self.optimizer = optim.adamw(model, args.lr)
+        self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
+        self.scaler = run_in.grad_scaler()
+        self.guard = precision.StepGuard(run_in)
+        self.transport = Transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+
+    def parts(self):
+        """What a checkpoint keeps, by its key there."""
+        return {
+            "model": self.model, "ema": self.ema.model, "opt": self.optimizer, "scaler": self.scaler,
+            "schedule": self.schedule, "guard": self.guard,
+        }  # fmt: skip
+
+    def step(self, stream):
+        """Train on the next micro-batches of a stream of (latents, labels). Nothing in it waits for the device.
+
+        Returns (loss, gradient norm, applied), 0-dim tensors: applied is 1.0, or 0.0 if the step was skipped.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for left in reversed(range(self.args.grad_accum_steps)):
+            x1, y = next(stream)
+            point = self.transport.sample(x1)
+            with self.network.no_sync() if left and self.network is not self.model else nullcontext():
+                with self.run_in.autocast():  # 16-bit begins and ends here: losses are FP32
+                    output, acts = self.network(point.xt, point.t, y, return_act=True)
+                loss = self.transport.loss(output, point).mean()
+                if self.args.disp:
+                    loss = loss + 0.5 * dispersive_loss(acts[-1])
+                self.scaler.scale(loss / self.args.grad_accum_steps).backward()
+            losses.append(loss.detach())
+
+        self.scaler.unscale_(self.optimizer)  # before the norm, so that clipping sees gradients of the loss itself
+        grad_norm = optim.clip_gradients(self.model, self.args.max_grad_norm)
+        applied = self.guard.judge(grad_norm)
+        self.optimizer.found_inf = 1 - applied  # a fused optimizer skips inside its kernel, so nobody has to ask
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.advance(applied)
+        self.ema.update(applied)
+        return torch.stack(losses).mean(), grad_norm, applied
+
+
 def main():
     args = parse_args()
     ranks = distributed.setup(args.device)
@@ -165,19 +221,11 @@ def main():
     autoencoder = latents.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
     model = cli.build_model(args).to(ranks.device)
-    ema = EMA(model, args.ema_decay)
-    optimizer = optim.adamw(model, args.lr)
-    schedule = optim.Schedule(optimizer, args.lr_schedule, args.warmup_steps, total_steps, ranks.device)
-    scaler = run_in.grad_scaler()
-    guard = precision.StepGuard(run_in)
-    transport = Transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+    trainer = Trainer(args, model, run_in, total_steps)
     meter, clock = run_log.Meter(ranks.device), run_log.Clock()
-    parts = {
-        "model": model, "ema": ema.model, "opt": optimizer, "scaler": scaler, "schedule": schedule, "guard": guard,
-    }  # fmt: skip
 
     path, saved = find_checkpoint(args)
-    first_step = restore(parts, saved, path) if saved else 0
+    first_step = restore(trainer, saved, path) if saved else 0
     goes_on = saved and path != args.ckpt  # in the folder of a run that was found, not named
     run_folder = path.parent.parent if goes_on else distributed.on_main(ranks, lambda: run_log.new_run_folder(args))
     log = run_log.RunLog(run_folder if ranks.is_main else None, args)
@@ -193,13 +241,13 @@ def main():
             meter.load_state_dict(saved["meter"], ranks.rank)
 
     def save(step):
-        guard.check(step, scaler.get_scale())
+        trainer.guard.check(step, trainer.scaler.get_scale())
         meter_state = meter.state_dict()
         if not ranks.is_main:
             return
         folder = run_folder / "checkpoints"
         checkpoint.save(folder / f"{step:07d}.pt", {
-            **{name: part.state_dict() for name, part in parts.items()},
+            **{name: part.state_dict() for name, part in trainer.parts().items()},
             "args": vars(args),
             "step": step,
             "epoch": step * args.global_batch_size // len(dataset),
@@ -211,54 +259,35 @@ def main():
         })  # fmt: skip
         if args.keep_checkpoints:
             checkpoint.prune(folder, args.keep_checkpoints)
+        log.draw()
         log.info(f"Saved checkpoint {step:07d}.pt")
 
     preview = None
     if args.sample_every and ranks.is_main:
-        preview = Preview(run_folder, args, ema.model, transport, autoencoder, run_in, dataset.class_names)
+        preview = Preview(
+            run_folder, args, trainer.ema.model, trainer.transport, autoencoder, run_in, dataset.class_names
+        )
     acceleration.apply(model, args, run_in, log.info)
-    network = distributed.data_parallel(model.train(), ranks)
-    stream = batches(args, dataset, autoencoder, ranks, first_step, log)
+    trainer.network = distributed.data_parallel(model, ranks)
+    stream = batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
     steps = trange(first_step + 1, total_steps + 1, initial=first_step, total=total_steps, disable=not ranks.is_main)
     step = first_step
     for step in steps:
         seeds.seed_step(args.global_seed, step, ranks.rank)
-        optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for micro_step in range(args.grad_accum_steps):
-            x1, y = next(stream)
-            point = transport.sample(x1)
-            last = micro_step == args.grad_accum_steps - 1
-            with nullcontext() if last or network is model else network.no_sync():
-                with run_in.autocast():  # 16-bit begins and ends here: losses are FP32
-                    output, acts = network(point.xt, point.t, y, return_act=True)
-                loss = transport.loss(output, point).mean()
-                if args.disp:
-                    loss = loss + 0.5 * dispersive_loss(acts[-1])
-                scaler.scale(loss / args.grad_accum_steps).backward()
-            losses.append(loss.detach())
-
-        scaler.unscale_(optimizer)  # before the norm, so that clipping sees gradients of the loss itself
-        grad_norm = optim.clip_gradients(model, args.max_grad_norm)
-        applied = guard.judge(grad_norm)
-        optimizer.found_inf = 1 - applied  # a fused optimizer skips inside its kernel, so nobody has to ask
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.advance(applied)
-        ema.update(applied)
-        meter.add("loss", torch.stack(losses).mean(), applied)
+        loss, grad_norm, applied = trainer.step(stream)
+        meter.add("loss", loss, applied)
         meter.add("grad_norm", grad_norm, applied)
         clock.tick()
 
         if step % args.log_every == 0:
-            means, scale = meter.means(), scaler.get_scale()
+            means, scale = meter.means(), trainer.scaler.get_scale()
             log.step(step, {
                 "Train Loss": means["loss"],
                 "Train Steps/Sec": clock.rate(),
                 "Grad Norm": means["grad_norm"],
                 "Scale": scale,
-                "Skipped Steps": guard.check(step, scale),
+                "Skipped Steps": trainer.guard.check(step, scale),
                 "Samples": step * args.global_batch_size,
                 "Peak GiB": run_log.peak_memory(ranks.device),
             })  # fmt: skip

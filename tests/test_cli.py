@@ -169,6 +169,16 @@ def test_only_one_rank_tells_a_bad_argument(run_script, base, monkeypatch):
     assert result.code == 2 and result.err == ""
 
 
+def test_a_full_disk_anywhere_is_one_line(capfd):
+    def main():
+        raise OSError(28, "No space left on device", "results/000/log.txt")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "No space left on device: 'results/000/log.txt'" in err
+
+
 def test_a_programming_error_keeps_its_traceback():
     def broken():
         raise KeyError("ours")

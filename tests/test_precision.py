@@ -232,43 +232,6 @@ def test_fp16_stops_when_its_scale_collapses_or_nothing_but_skips_comes():
         guard.check(50, scale=2.0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["fp32", *HALVES])
-def test_a_training_step_never_waits_for_the_gpu(name):
-    import optimizer as optim
-    from ema import EMA
-
-    device = torch.device("cuda")
-    run_in = Precision(name, device, "test")
-    model = tiny().to(device)
-    adamw = optim.adamw(model, 1e-3)
-    schedule = optim.Schedule(adamw, "cosine", 2, 10, device)
-    ema, scaler, guard, transport = EMA(model), run_in.grad_scaler(), StepGuard(run_in), Transport()
-    x, _, y = (part.to(device) for part in batch())
-
-    def step():
-        adamw.zero_grad(set_to_none=True)
-        point = transport.sample(x)
-        with run_in.autocast():
-            output = model(point.xt, point.t, y)
-        scaler.scale(transport.loss(output, point).mean()).backward()
-        scaler.unscale_(adamw)
-        applied = guard.judge(optim.clip_gradients(model, 1.0))
-        adamw.found_inf = 1 - applied
-        scaler.step(adamw)
-        scaler.update()
-        schedule.advance(applied)
-        ema.update(applied)
-
-    step()  # the first allocates
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("name", HALVES)
 def test_product_attention_agrees_with_fp64_as_well_as_the_dtype_can(name):
     """Values and gradients of attention in a training step on a CPU."""

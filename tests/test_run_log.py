@@ -7,8 +7,10 @@ import sys
 import types
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import run_log
 from errors import UserError
@@ -75,6 +77,29 @@ def test_wandb_gets_every_figure_and_no_environment_variable(tmp_path, monkeypat
     log.step(5, {"Train Loss": 0.5})
     assert seen[0]["config"]["model"] == "EqM-S/4"
     assert seen[1] == ({"Train Loss": 0.5}, 5)
+
+
+def test_wandb_that_is_not_logged_in_is_told(tmp_path, monkeypatch):
+    def init(**settings):
+        raise fake.errors.Error("No API key configured.")
+
+    fake = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=type("Error", (Exception,), {})))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match="No API key.*wandb login"):
+        run_log.RunLog(tmp_path, args(tmp_path, wandb=True))
+
+
+def test_curves_are_drawn_from_all_that_was_logged(tmp_path):
+    log = run_log.RunLog(tmp_path, args(tmp_path))
+    log.draw()
+    assert not (tmp_path / "loss.png").exists(), "nothing was logged"
+    pictures = []
+    for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.0)]:  # the last as after a resume
+        log.step(step, {"Train Loss": loss, "Grad Norm": 1.0})
+        log.draw()
+        pictures.append(np.asarray(Image.open(tmp_path / "loss.png")))
+    assert not np.array_equal(pictures[1], pictures[2])
+    assert np.array_equal(pictures[2], pictures[3])
 
 
 def test_a_meter_averages_by_weight_and_starts_anew():

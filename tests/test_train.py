@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ import torch
 from PIL import Image
 
 import checkpoint
+import run_log
+import train as train_script
 from conftest import train_args
 from models import EqM_models
+from precision import FLAGS as PRECISIONS
+from precision import Precision
 
-PRECISIONS = {"fp32": [], "bf16": ["--use-bf16"], "fp16": ["--use-amp"]}
 TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
 REPO = Path(checkpoint.__file__).parents[1]
 
@@ -291,3 +295,24 @@ def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, na
     assert [path.name for path in sheets] == ["0000002.png", "0000004.png"]
     first, second = (np.asarray(Image.open(path)) for path in sheets)
     assert first.shape == second.shape and not np.array_equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_step_never_waits_for_the_gpu(name):
+    device = torch.device("cuda")
+    words = "--latents none --max-grad-norm 1 --lr-schedule cosine --warmup-steps 2 --grad-accum-steps 2 --disp"
+    args = train_script.parse_args(words.split())
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3).to(device)
+    trainer = train_script.Trainer(args, model, Precision(name, device, "test"), 10)
+    inputs = repeat((torch.randn(4, 4, 8, 8, device=device), torch.zeros(4, dtype=torch.long, device=device)))
+    meter = run_log.Meter(device)
+    trainer.step(inputs)  # the first allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _, applied = trainer.step(inputs)
+        meter.add("loss", loss, applied)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.means()["loss"] > 0
