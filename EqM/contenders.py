@@ -140,7 +140,7 @@ class Sampling:
         self.prepare(args, run_in)
 
     def prepare(self, args, run_in):
-        run_in.cast_weights(self.model)
+        run_in.cast_weights(run_in.keep_islands(self.model))
         acceleration.apply(self.model, argparse.Namespace(compile=args.compile), run_in, print)
 
     def field(self, x, t, y):

@@ -1,13 +1,14 @@
 """Mixed precision, decided once and wrapped round the network from outside.
 
 Weights, optimizer state, EMA, checkpoints and every sum that a small number could drown in are FP32. Only what
-runs inside `Precision.autocast` is 16-bit, and there only matrix products and convolutions, which is where the
+runs inside `Precision.autocast` is 16-bit, and there only the products of attention and MLPs, which is where the
 time goes. BF16 has FP32's range and needs nothing more. FP16 has more digits but loses gradients under 6e-8, so
 a GradScaler multiplies the loss before the backward pass and divides the gradients after it.
 """
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from errors import UserError
 
 FLAGS = {"fp32": [], "bf16": ["--use-bf16"], "fp16": ["--use-amp"]}
+ISLANDS = ("x_embedder", "t_embedder", "adaLN_modulation", "final_layer")  # FP32 parts of the network, see keep_islands
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,17 +65,35 @@ class Precision:
         """A GradScaler, which does nothing unless the precision is FP16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
+    def keep_islands(self, network):
+        """Keep the network's ends and its conditioning in FP32, in place, whatever autocast surrounds them.
+
+        They are under 1 % of the operations, and their rounding is what shows: shift, scale and gate err alike at
+        every step of a sampler, so that their errors add up where those of attention and MLPs average out.
+        """
+        if self.name != "fp32":
+            for name, module in network.named_modules():
+                if name.split(".")[-1] in ISLANDS:
+                    module.forward = MethodType(_forward_in_fp32, module)  # a method: deep copies bind their own
+        return network
+
     def cast_weights(self, module):
         """Cast a frozen module's Linear and Conv weights in place, as autocast would at every single call.
 
-        The results are bit-identical; the casts are saved, and half of the weights' memory.
+        The results are bit-identical; the casts are saved, and half of the weights' memory. Islands stay FP32.
         """
         if self.name == "fp32":
             return module
-        for layer in module.modules():
-            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        for name, layer in module.named_modules():
+            in_island = not set(ISLANDS).isdisjoint(name.split("."))
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not in_island:
                 layer.to(self.dtype)
         return module
+
+
+def _forward_in_fp32(module, *args):
+    with torch.autocast(args[0].device.type, enabled=False):
+        return type(module).forward(module, *args)
 
 
 def resolve(args, device):
@@ -144,7 +164,7 @@ class RoundedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in PRODUCTS:
+        if func not in PRODUCTS or not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
             args = [self._rounded(value) for value in args]

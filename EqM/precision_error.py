@@ -38,7 +38,7 @@ PARTS = {  # what to say of a kind of module, and its name in models.py
     "adaLN modulation": "adaLN_modulation",
     "attention": "attn",
     "MLP": "mlp",
-    "last linear layer": "linear",
+    "last layer": "final_layer",
 }
 
 
@@ -102,6 +102,11 @@ class Subject:
             pixels=None if self.pixels is None else self.pixels.double(),
         )
 
+    def with_islands(self, run_in):
+        """The same as training and sampling run it in a precision."""
+        networks = {name: run_in.keep_islands(deepcopy(getattr(self, name))) for name in ("model", "ema")}
+        return replace(self, **networks)
+
 
 def _with_network(vae, network, run_in=None):
     """An autoencoder with another network, and in another precision if given."""
@@ -112,13 +117,16 @@ def _with_network(vae, network, run_in=None):
 def only(model, kind, run_in):
     """Run one kind of module in a precision, and all else of the model in the dtype of its weights."""
     modules = [module for name, module in model.named_modules() if name.split(".")[-1] == kind]
+    before = [vars(module).get("forward") for module in modules]
     for module in modules:
         module.forward = run_in.autocast()(module.forward)
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, before, strict=True):
             del module.forward
+            if forward is not None:  # an island's
+                module.forward = forward
 
 
 @contextmanager
@@ -275,25 +283,32 @@ def vanished(gradients, reference):
 
 def columns_on(device):
     """What is measured on a device: TF32 too where there may be some, no BF16 where the card has none."""
+    bf16, fp16 = ["bf16 throughout", "bf16"], ["fp16 throughout", "fp16"]
     if device.type != "cuda":
-        return ["fp32", "bf16", "fp16"]
+        return ["fp32", *bf16, *fp16]
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return ["fp32", "tf32", *(["bf16"] if has_bf16 else []), "fp16"]
+    return ["fp32", "tf32", *(bf16 if has_bf16 else []), *fp16]
 
 
 def resolve(column, device):
     """The Precision of a column. Sets TF32 for it."""
-    flags = {"use_bf16": column == "bf16", "use_amp": column == "fp16", "no_tf32": column != "tf32"}
+    name = column.split()[0]
+    flags = {"use_bf16": name == "bf16", "use_amp": name == "fp16", "no_tf32": name != "tf32"}
     return precision.resolve(argparse.Namespace(**flags), device)
 
 
 def errors_of(subject, device):
-    """Relative error of every quantity of a Subject: {row: {column: error}}."""
+    """Relative error of every quantity of a Subject: {row: {column: error}}.
+
+    `bf16` is what training and sampling run, `bf16 throughout` is autocast without FP32 islands in the network.
+    """
     with KeepDouble():
         reference = quantities(subject.double(), precision.fp32(device))  # no autocast, so FP64 stays
     errors = {row: {} for row in reference}
     for column in columns_on(device):
-        for row, value in quantities(subject, resolve(column, device)).items():
+        run_in = resolve(column, device)
+        measured = subject if column.endswith("throughout") else subject.with_islands(run_in)
+        for row, value in quantities(measured, run_in).items():
             errors[row][column] = relative_error(value, reference[row])
     return errors
 
@@ -306,6 +321,7 @@ def zeros_of(subject, device):
     with KeepDouble():
         _, exact, _ = gradients_of_loss(subject.double(), precision.fp32(device))
     run_in = resolve("fp16", device)
+    subject = subject.with_islands(run_in)
     _, bare, _ = gradients_of_loss(subject, run_in, scaled=False)
     _, scaled, scale = gradients_of_loss(subject, run_in)
     without, with_scaler = vanished(bare, exact), vanished(scaled, exact)
@@ -338,8 +354,9 @@ def markdown(errors, zeros):
     header = [f"{when}, {how}" for when, (_, scale) in zeros.items() for how in ("unscaled", f"scaled by {scale:g}")]
     return (
         "## Relative error against FP64\n\n"
-        "|value - exact| / |exact|, in Euclidean norms. `field, attention alone` is the field where attention alone\n"
-        "runs in the column's precision and the rest in FP32. A trajectory's error is that of its end.\n\n"
+        "|value - exact| / |exact|, in Euclidean norms. BF16 THROUGHOUT is plain autocast; BF16 is what train.py and\n"
+        "sample_gd.py run, with embeddings, adaLN modulation and last layer kept in FP32. `field, attention alone` is\n"
+        "the field where attention alone runs in the column's precision. A trajectory's error is that of its end.\n\n"
         + table(["quantity", *map(str.upper, columns)], rows)
         + "\n## FP16 gradients that are zero\n\n"
         "The share of those that are not zero in FP64. `none`: FP64 has no gradient there either.\n\n"

@@ -160,7 +160,8 @@ def main():
     made_by = recipe(args, saved["ema"], run_in)
     todo = distributed.on_main(ranks, lambda: open_folder(folder, files, made_by, args.resume))
 
-    model = run_in.cast_weights(model.to(ranks.device).eval().requires_grad_(False))
+    model = run_in.keep_islands(model.to(ranks.device).eval().requires_grad_(False))
+    run_in.cast_weights(model)
     acceleration.apply(model, args, run_in, tqdm.write)
     autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
     transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)

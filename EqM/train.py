@@ -163,7 +163,7 @@ class Trainer:
     def __init__(self, args, model, run_in, total_steps):
         self.args = args
         self.run_in = run_in
-        self.model = self.network = model.train()
+        self.model = self.network = run_in.keep_islands(model.train())
         self.ema = EMA(model, args.ema_decay)
         self.optimizer = optim.adamw(model, args.lr)
         self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)

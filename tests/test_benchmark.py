@@ -73,7 +73,7 @@ def test_both_recipes_make_the_same_step(tiny, name, tolerance):
     assert (moved - plainly_moved).norm() < tolerance * plainly_moved.norm()
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 0), ("bf16", 0)])
+@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 0), ("bf16", 1e-3)])
 def test_both_recipes_draw_the_same_sample(tiny, name, tolerance):
     args, run_in = tiny(), Precision(name, CPU, "test")
     ends = []

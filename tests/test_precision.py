@@ -1,6 +1,7 @@
 """Precision flags, the 16-bit products of CPUs without 16-bit units, weights cast once, skipped steps."""
 
 from argparse import ArgumentParser, Namespace
+from copy import deepcopy
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_nothing_is_rounded_outside_the_region():
 @pytest.mark.parametrize("ebm", ["none", "dot", "l2"])
 def test_weights_cast_once_give_the_same_bits(name, rounded, ebm):
     run_in, (x, t, y) = in_precision(name, rounded), batch()
-    model = tiny(ebm).eval().requires_grad_(False)
+    model = run_in.keep_islands(tiny(ebm).eval().requires_grad_(False))
 
     def field():
         with torch.no_grad(), run_in.autocast():
@@ -140,8 +141,41 @@ def test_weights_cast_once_give_the_same_bits(name, rounded, ebm):
     assert torch.isfinite(expected).all() and expected.any()
     run_in.cast_weights(model)
     assert model.blocks[0].attn.qkv.weight.dtype == run_in.dtype
-    assert model.pos_embed.dtype == torch.float32
+    assert {model.pos_embed.dtype, model.blocks[0].adaLN_modulation[1].weight.dtype} == {torch.float32}
     assert torch.equal(field(), expected)
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("rounded", [True, False])
+def test_islands_are_fp32_to_the_bit_and_the_rest_is_not(name, rounded):
+    run_in, model = in_precision(name, rounded), tiny().eval()
+    x, t, y = batch()
+    outputs = []
+
+    def keep(module, inputs, output):
+        outputs.append(output)
+
+    watched = [model.x_embedder, model.t_embedder, model.blocks[0].adaLN_modulation, model.blocks[0].mlp]
+    for module in watched:
+        module.register_forward_hook(keep)
+    model(x, t, y)
+    run_in.keep_islands(model)
+    with run_in.autocast():
+        model(x, t, y)
+    exact, ours = outputs[: len(watched)], outputs[len(watched) :]
+    assert [torch.equal(*pair) for pair in zip(ours, exact, strict=True)] == [True, True, True, False]
+    assert ours[-1].dtype == run_in.dtype
+
+
+def test_a_copy_has_islands_of_its_own_weights():
+    run_in, model = in_precision("bf16"), tiny().eval()
+    keys = list(model.state_dict())
+    copy = deepcopy(run_in.keep_islands(model))
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with run_in.autocast():
+        assert not model(*batch()).any() and copy(*batch()).any()
+    assert list(copy.state_dict()) == keys
 
 
 @pytest.mark.parametrize("name", HALVES)
