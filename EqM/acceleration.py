@@ -1,5 +1,6 @@
 """Two trades for the network's blocks, made from outside: time to compile for speed, speed for memory."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -22,28 +23,31 @@ def add_compile(parser):
 
 def apply(model, args, run_in, tell):
     """Do what the flags ask for. args may lack grad_checkpointing (sampling). tell: where a fallback is said."""
+    checkpointing = getattr(args, "grad_checkpointing", False)
     if args.compile:
-        compile_blocks(model, run_in, tell)
-    if getattr(args, "grad_checkpointing", False):
+        compile_blocks(model, run_in, tell, checkpointing)
+    if checkpointing:
         checkpoint_blocks(model, run_in)
 
 
-def compile_blocks(model, run_in, tell):
+def compile_blocks(model, run_in, tell, checkpointing=False):
     """Compile each block in place; state dict and eager copies of the model are not affected.
 
     All blocks share one compiled graph, so a deep network compiles no longer than a shallow one.
     """
-    obstacle = _obstacle(model, run_in)
+    obstacle = _obstacle(model, run_in, checkpointing)
     if obstacle:
         tell(f"--compile has no effect: {obstacle}")
         return
     for block in model.blocks:
-        block.compile()
+        block.forward = torch.compile(block.forward)
 
 
-def _obstacle(model, run_in):
+def _obstacle(model, run_in, checkpointing):
     if model.ebm != "none":
         return "an energy's field is differentiated twice, which compiled graphs cannot be"
+    if checkpointing and _has_modes(run_in):
+        return "on a CPU, 16-bit blocks that are recomputed cannot be compiled"
     if run_in.rounded:
         return "on this CPU 16-bit products are rounded by PyTorch's own hooks"
     try:
@@ -54,10 +58,17 @@ def _obstacle(model, run_in):
 
 
 def checkpoint_blocks(model, run_in):
-    """Keep only each block's input in training, and run the block again in the backward pass, in its precision."""
+    """Keep only each block's input in training, and run the block again in the backward pass, in its precision.
+
+    Compiled blocks stay compiled: PyTorch would not look into a checkpointed one.
+    """
+    settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
+    if _has_modes(run_in):
+        settings["context_fn"] = lambda: (nullcontext(), run_in.autocast())
     for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, run_in))
+        block.forward = partial(checkpoint, block.forward, **settings)
 
 
-def _contexts(run_in):
-    return torch.enable_grad(), run_in.autocast()
+def _has_modes(run_in):
+    """Whether autocast comes with modes of our own, which PyTorch's checkpoint does not restore as it does autocast."""
+    return run_in.device.type == "cpu" and run_in.name != "fp32"

@@ -29,8 +29,10 @@ import distributed
 from contenders import OURS, PRECISIONS, RECIPES, resolve
 from errors import UserError
 from models import EqM_models
+from report import machine, table
 
 WARM_UP = 2  # steps before the timed ones
+LOADED = ("encoding", "cached")  # work whose inputs a loader reads ahead
 
 
 def parse_args():
@@ -47,8 +49,8 @@ def parse_args():
     add("--data-path", help="files for the work `encoding`; left out: some are made")
     add("--num-workers", type=cli.count, default=4, help="processes that read files or a cache")
     add("--rounds", type=cli.positive_int, default=5, help="times each contender is timed")
-    add("--steps", type=cli.positive_int, default=3, help="steps of one timing")
-    add("--largest-batch", action="store_true", help="CUDA: also find the largest batch that fits")
+    add("--steps", type=cli.positive_int, help="steps of one timing; left out: 20 on a GPU, else 3")
+    add("--largest-batch", action="store_true", help="CUDA: also find the largest batch to train or sample")
     add("--device", help="cuda, cpu, ...; left out: the GPU where there is one")
     add("--out", type=Path, default=Path("results/benchmark"), help="folder of the table and figures")
     acceleration.add_flags(parser)
@@ -72,19 +74,25 @@ def timed(run, steps, device):
     return rate, torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
 
 
-def matmul_peak(run_in, size=None):
-    """Operations a second of one large square matrix product in this precision."""
+def matmul_peak(args, name, size=None):
+    """Operations a second of a large square matrix product in a precision."""
+    run_in = resolve(name, device_of(args, "ours"))
     size = size or (8192 if run_in.device.type == "cuda" else 1024)
     a = torch.randn(size, size, device=run_in.device, dtype=run_in.dtype)
     timed(lambda: a @ a, 3, run_in.device)
     return max(timed(lambda: a @ a, 5, run_in.device)[0] for _ in range(3)) * 2 * size**3
 
 
-def flops(run):
-    """Floating-point operations of one run, by PyTorch's counter."""
+def operations(args, work):
+    """Floating-point operations of one step of a kind of work, by PyTorch's counter, without what is recomputed."""
+    one = {**vars(args), "batch_size": 1, "compile": False, "grad_checkpointing": False}
+    run_in = resolve(args.precisions[0], device_of(args, "ours"))
+    run = OURS[work](argparse.Namespace(**one), run_in)
     with FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops()
+    run = None
+    free(run_in.device)
+    return counter.get_total_flops() * args.batch_size
 
 
 def largest(fits):
@@ -98,66 +106,47 @@ def largest(fits):
     return good
 
 
-def largest_batch(make, args, run_in):
-    """Largest batch size at which one run of make(args, run_in) fits this GPU."""
-
-    def fits(batch_size):
-        try:
-            make(argparse.Namespace(**{**vars(args), "batch_size": batch_size}), run_in)()
-            torch.cuda.synchronize(run_in.device)
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            torch.cuda.empty_cache()
-        return True
-
-    return largest(fits)
-
-
 def device_of(args, recipe):
     """The device, set up as train.py does, but for the plain recipe, which does without."""
-    return distributed.setup(args.device).device if recipe == "ours" else torch.device(args.device)
+    if recipe == "ours":
+        return distributed.setup(args.device).device
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def turn(args, work, recipe, name):
-    """(steps a second, peak GiB or None) of a contender that is built anew and then freed."""
+    """(steps a second, peak GiB or None) of a contender that is built anew and then freed. None if it does not fit."""
     run_in = resolve(name, device_of(args, recipe))
+    prefetched = 2 * args.num_workers if work in LOADED else 0  # batches that wait, read while nothing was timed
     try:
         run = RECIPES[recipe][work](args, run_in)
-        timed(run, WARM_UP, run_in.device)
+        timed(run, WARM_UP + prefetched, run_in.device)
         return timed(run, args.steps, run_in.device)
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {args.batch_size} does not fit ({work}, {recipe}, {name}); give less") from None
+        return None
     finally:
         run = None
         free(run_in.device)
 
 
 def free(device):
-    """Give a contender's memory back, for the one whose turn is next."""
+    """Give a contender's memory and compiled code back, for the one whose turn is next."""
+    torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def operations(args, work):
-    """Operations of one step of a kind of work; what is recomputed does not count."""
-    run_in = resolve(args.precisions[0], device_of(args, "ours"))
-    total = flops(
-        OURS[work](argparse.Namespace(**{**vars(args), "compile": False, "grad_checkpointing": False}), run_in)
-    )
-    free(run_in.device)
-    return total
+def largest_batch(args, work, recipe, name):
+    """Largest batch of a contender that fits this GPU."""
 
+    def fits(batch_size):
+        alone = argparse.Namespace(**{**vars(args), "batch_size": batch_size, "steps": 1, "num_workers": 0})
+        return turn(alone, work, recipe, name) is not None
 
-def peak(args, name):
-    """Operations a second of a large matrix product in a precision."""
-    return matmul_peak(resolve(name, device_of(args, "ours")))
-
-
-def room(args, work, recipe, name):
-    """Largest batch of a contender that fits."""
-    return largest_batch(RECIPES[recipe][work], args, resolve(name, device_of(args, recipe)))
+    return largest(fits)
 
 
 def contest(args, work, processes):
@@ -170,14 +159,21 @@ def contest(args, work, processes):
     total = processes["ours"].submit(operations, args, work).result()
     rows = []
     for (recipe, name), found in turns.items():
-        rates = [rate for rate, _ in found]
-        rate = statistics.median(rates)
-        rows.append({
-            "work": work, "recipe": recipe, "precision": name, "steps/s": rate, "spread": max(rates) / min(rates) - 1,
-            "items/s": rate * args.batch_size, "GiB": found[-1][1], "TFLOP/s": rate * total / 1e12,
-        })  # fmt: skip
+        row = {"work": work, "recipe": recipe, "precision": name}
+        if None in found:
+            row |= dict.fromkeys(("steps/s", "spread", "items/s", "GiB", "TFLOP/s"))
+        else:
+            rates = [rate for rate, _ in found]
+            rate = statistics.median(rates)
+            row |= {
+                "steps/s": rate, "spread": max(rates) / min(rates) - 1, "items/s": rate * args.batch_size,
+                "GiB": found[-1][1], "TFLOP/s": rate * total / 1e12,
+            }  # fmt: skip
         if args.largest_batch:
-            rows[-1]["largest batch"] = processes[recipe].submit(room, args, work, recipe, name).result()
+            room = work in ("train", "sample")
+            arguments = (largest_batch, args, work, recipe, name)
+            row["largest batch"] = processes[recipe].submit(*arguments).result() if room else None
+        rows.append(row)
     return rows
 
 
@@ -195,8 +191,9 @@ def add_ratios(rows, peaks):
             "x plain": ("encoding" if cached else work, "plain", name),
             "x encoding": ("encoding", recipe, name) if cached else None,
         }
-        row["of peak"] = 1e12 * row["TFLOP/s"] / peaks[name]
-        row |= {title: row["steps/s"] / rates[other] if other in rates else None for title, other in others.items()}
+        row["of peak"] = row["TFLOP/s"] and 1e12 * row["TFLOP/s"] / peaks[name]
+        for title, other in others.items():
+            row[title] = row["steps/s"] / rates[other] if row["steps/s"] and rates.get(other) else None
 
 
 def as_text(title, value):
@@ -210,19 +207,7 @@ def as_text(title, value):
 def markdown(rows):
     """The rows as a Markdown table, without columns that no row has."""
     titles = [title for title in rows[0] if any(row[title] is not None for row in rows)]
-    lines = [titles, ["---"] * len(titles), *[[as_text(title, row[title]) for title in titles] for row in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def device_name(device):
-    """What the machine calls itself, for the table's caption."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    except OSError:
-        models = []
-    return f"{models[0].split(':')[1].strip() if models else 'CPU'}, {torch.get_num_threads()} thread(s)"
+    return table(titles, [[as_text(title, row[title]) for title in titles] for row in rows])
 
 
 def plot(rows):
@@ -231,7 +216,7 @@ def plot(rows):
     figure = Figure(figsize=(4 * len(kinds), 3.5), layout="constrained")
     for kind, panel in zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True):
         shown = [row for row in rows if row["work"] == kind]
-        panel.bar([f"{row['precision']}\n{row['recipe']}" for row in shown], [row["steps/s"] for row in shown])
+        panel.bar([f"{row['precision']}\n{row['recipe']}" for row in shown], [row["steps/s"] or 0 for row in shown])
         panel.set(title=kind, ylabel="steps/s")
     return figure
 
@@ -243,18 +228,21 @@ def main():
         raise UserError(f"--largest-batch measures GPU memory, and this runs on {device.type}; leave it out")
     args.device = str(device)
     args.precisions = args.precisions or (list(PRECISIONS) if device.type == "cuda" else ["fp32", "bf16"])
+    args.steps = args.steps or (20 if device.type == "cuda" else 3)
     recipes = ["ours", "plain"] if args.against == "plain" else ["ours"]
     rows = []
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         processes = {recipe: stack.enter_context(ProcessPoolExecutor(1, spawn)) for recipe in recipes}
-        peaks = {name: processes["ours"].submit(peak, args, name).result() for name in args.precisions}
+        peaks = {name: processes["ours"].submit(matmul_peak, args, name).result() for name in args.precisions}
         for work in args.work:
             rows += contest(args, work, processes)
     add_ratios(rows, peaks)
     command = " ".join(["python EqM/benchmark.py", *sys.argv[1:]])
-    caption = f"{device_name(device)}, torch {torch.__version__}, {date.today()}: `{command}`"
-    text = f"{caption}\n\n{markdown(rows)}\n"
+    told = (
+        "Medians over rounds; spread: fastest over slowest; a dash: does not fit in memory, or nothing to compare with."
+    )
+    text = f"{machine(device)}, {date.today()}: `{command}`\n\n{markdown(rows)}\n{told}\n"
     print(text)
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Train and sample the same model in FP32, BF16 and FP16, and report what differs.
 
-    python EqM/compare_precisions.py                       # the demo set, a quarter of an hour on two CPU cores
+    python EqM/compare_precisions.py                       # the demo set, on two CPU cores a quarter of an hour
     python EqM/compare_precisions.py --out results/compare-ucf --steps 20000 -- \\
         --data-path datasets/ucf-101/train --model EqM-S/4 --video --clip-len 4 --ema-decay 0.999
 
@@ -12,7 +12,6 @@ import csv
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import distributed
 import media
 from errors import UserError, reason
 from precision import FLAGS
-from precision_error import table
+from report import machine, table
 
 HERE = Path(__file__).resolve().parent
 DATASETS = HERE.parent / "datasets"
@@ -72,7 +71,7 @@ def parse_args(argv):
         "--precisions", nargs="+", choices=FLAGS, default=list(FLAGS), help="fp32, the reference, is always among them"
     )
     group.add_argument("--seeds", type=cli.positive_int, default=3, help="runs per precision, from --global-seed on")
-    group.add_argument("--steps", type=cli.positive_int, default=2000, help="training steps of a run")
+    group.add_argument("--steps", type=cli.positive_int, default=4000, help="training steps of a run")
     group.add_argument("--num-samples", type=cli.positive_int, default=64, help="samples per table cell and seed")
     group.add_argument("--no-tf32", action="store_true", help="CUDA: FP32 products at 24 bits, not TF32's 11")
     group.add_argument(
@@ -314,18 +313,6 @@ def draw_history(history):
             axes.legend()
         axes.grid(alpha=0.3)
     return figure
-
-
-def machine(device):
-    """Processor, PyTorch and Python, in words."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
-    processor = f"{processor}, {os.cpu_count()} cores"
-    card = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
-    return f"{card}{processor}; PyTorch {torch.__version__}, Python {platform.python_version()}"
 
 
 def how_it_ran(args, name, seed):

@@ -1,6 +1,7 @@
 """What benchmark.py compares: the work of this repo and of the usual recipe, each as something to call again and again.
 
-Inputs are random, and the autoencoder is Stable Diffusion's in shape with random weights: nothing is downloaded.
+Inputs are random unless files are given, and the autoencoder is Stable Diffusion's in shape with random weights:
+nothing is downloaded.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from ema import EMA
 from models import EqM_models
 from transport import Transport
 
-PRECISIONS = precision.FLAGS | {"fp32-ieee": ["--no-tf32"]}
+PRECISIONS = (*precision.FLAGS, "fp32-ieee")  # the last: FP32 without TF32
 CHANNELS, FACTOR, CLASSES = 4, 8, 1000  # of Stable Diffusion's latents; of ImageNet
 SAMPLING_POINTS = 6
 FILES = 8  # made for the work `encoding`, and read again and again
@@ -32,9 +33,7 @@ FILES = 8  # made for the work `encoding`, and read again and again
 
 def resolve(name, device):
     """The Precision of a contender; sets TF32 as it wants it."""
-    parser = argparse.ArgumentParser()
-    precision.add_flags(parser)
-    return precision.resolve(parser.parse_args(PRECISIONS[name]), device)
+    return precision.named(name.removesuffix("-ieee"), device, tf32=not name.endswith("-ieee"))
 
 
 def random_batch(args, device):
@@ -216,11 +215,6 @@ def make_files(args, root):
     return root
 
 
-def plainly_from_files(args, run_in):
-    """The same, with the autoencoder in FP32."""
-    return from_files(args, precision.fp32(run_in.device))
-
-
 OURS = {
     "train": lambda args, run_in: Training(args, run_in, from_batch(args, run_in)),
     "sample": Sampling,
@@ -228,10 +222,10 @@ OURS = {
     "encoding": lambda args, run_in: Training(args, run_in, from_files(args, run_in)),
     "cached": lambda args, run_in: Training(args, run_in, from_cache(args, run_in)),
 }
-PLAIN = {  # the usual recipe has no cache
+PLAIN = {  # the usual recipe has no cache, and its autoencoder is FP32
     "train": lambda args, run_in: PlainTraining(args, run_in, from_batch(args, run_in)),
     "sample": PlainSampling,
     "encode": lambda args, run_in: Encoding(args, precision.fp32(run_in.device)),
-    "encoding": lambda args, run_in: PlainTraining(args, run_in, plainly_from_files(args, run_in)),
+    "encoding": lambda args, run_in: PlainTraining(args, run_in, from_files(args, precision.fp32(run_in.device))),
 }
 RECIPES = {"ours": OURS, "plain": PLAIN}

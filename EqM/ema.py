@@ -18,7 +18,7 @@ class EMA:
     @torch.no_grad()
     def update(self, applied):
         """Move towards the model. applied: 0-dim tensor, 1.0 if the optimizer took its step and 0.0 if it
-        skipped, in which case nothing changes. One foreach call; the host does not wait for the device.
+        skipped, in which case nothing changes. The host does not wait for the device.
         """
         weight = (1 - self.decay) * applied
         torch._foreach_lerp_(self._ours, self._theirs, [weight] * len(self._ours))

@@ -1,11 +1,12 @@
 """Mixed precision, decided once and wrapped round the network from outside.
 
 Weights, optimizer state, EMA, checkpoints and every sum that a small number could drown in are FP32. Only what
-runs inside `Precision.autocast` is 16-bit, and there only the products of attention and MLPs, which is where the
-time goes. BF16 has FP32's range and needs nothing more. FP16 has more digits but loses gradients under 6e-8, so
-a GradScaler multiplies the loss before the backward pass and divides the gradients after it.
+runs inside `Precision.autocast` is 16-bit, and of the EqM network there only the products of attention and MLPs,
+where the time goes. BF16 has FP32's range and needs nothing more. FP16 has more digits but loses gradients under
+6e-8, so a GradScaler multiplies the loss before the backward pass and divides the gradients after it.
 """
 
+from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -66,21 +67,30 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
     def keep_islands(self, network):
-        """Keep the network's ends and its conditioning in FP32, in place, whatever autocast surrounds them.
+        """Keep an EqM network's ends and its conditioning in FP32, in place, whatever autocast surrounds them.
 
-        They are under 1 % of the operations, and their rounding is what shows: shift, scale and gate err alike at
-        every step of a sampler, so that their errors add up where those of attention and MLPs average out.
+        They are 0.2 % of the operations of EqM-XL/2 and most of the error: shift, scale and gate are the same at every
+        step of a sampler, so that their rounding adds up where that of attention and MLPs averages out.
         """
-        if self.name != "fp32":
-            for name, module in network.named_modules():
-                if name.split(".")[-1] in ISLANDS:
-                    module.forward = MethodType(_forward_in_fp32, module)  # a method: deep copies bind their own
+        if self.name == "fp32":
+            return network
+        # Methods, not closures: a deep copy of the network binds its own.
+        for name, module in network.named_modules():
+            if name.split(".")[-1] in ISLANDS:
+                module.forward = MethodType(_forward_in_fp32, module)
+        if network.ebm != "none":  # its field is a gradient, in which autocast would round the islands' products
+            network.forward = MethodType(_forward_in_fp32, network)
+            network.network = MethodType(self._network_in_autocast, network)
         return network
+
+    def _network_in_autocast(self, model, x, t, y):
+        with self.autocast():
+            return type(model).network(model, x, t, y)
 
     def cast_weights(self, module):
         """Cast a frozen module's Linear and Conv weights in place, as autocast would at every single call.
 
-        The results are bit-identical; the casts are saved, and half of the weights' memory. Islands stay FP32.
+        The results are bit-identical; the casts are saved, and half of these weights' memory. Islands stay FP32.
         """
         if self.name == "fp32":
             return module
@@ -91,19 +101,20 @@ class Precision:
         return module
 
 
-def _forward_in_fp32(module, *args):
+def _forward_in_fp32(module, *args, **kwargs):
     with torch.autocast(args[0].device.type, enabled=False):
-        return type(module).forward(module, *args)
+        return type(module).forward(module, *args, **kwargs)
 
 
 def resolve(args, device):
-    """The Precision that the flags ask for on this device. Sets TF32.
+    """The Precision that the flags ask for on this device. Sets TF32 on a GPU.
 
     Raises UserError if the GPU has no BF16.
     """
-    # Only ever set, never read: reading raises once the old and the new API have both been used.
-    torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")
     if device.type == "cuda":
+        # Only ever set, never read: reading raises once the old and the new API have both been used.
+        sixteen_bit = args.use_bf16 or args.use_amp  # there FP32 products are the islands', whose digits count
+        torch.set_float32_matmul_precision("highest" if args.no_tf32 or sixteen_bit else "high")
         torch.backends.cudnn.allow_tf32 = not args.no_tf32
         card = torch.cuda.get_device_name(device)
         if args.use_bf16:
@@ -125,6 +136,11 @@ def resolve(args, device):
         return Precision(name, device, f"{kind} on a CPU that computes in {name.upper()}")
     slow = f"a CPU without {name.upper()} units: same rounding, but slower than FP32"
     return Precision(name, device, f"{kind} on {slow}", rounded=True)
+
+
+def named(name, device, tf32=True):
+    """The Precision that the flags of this name resolve to."""
+    return resolve(Namespace(use_bf16=name == "bf16", use_amp=name == "fp16", no_tf32=not tf32), device)
 
 
 def of_vae(args, run_in):

@@ -9,7 +9,6 @@ differs is the error. Training rows use the trained weights, sampling rows the E
 Letters: N batch, C channels, T frames, h w latent height and width.
 """
 
-import argparse
 import math
 from contextlib import contextmanager
 from copy import deepcopy
@@ -29,6 +28,7 @@ import precision
 import samplers
 import seeds
 from errors import UserError, reason
+from report import table
 from transport import PathPoint, Transport, dispersive_loss
 
 GUIDANCE = (1.0, 1.5, 4.0)
@@ -88,6 +88,7 @@ class Subject:
     points: int = 250
     mu: float = 0.3
     cfg_channels: int = 3
+    islands: bool = False  # whether the networks keep theirs, as in training and sampling
 
     def double(self):
         """The same in FP64: inputs and weights keep their FP32 values."""
@@ -105,7 +106,7 @@ class Subject:
     def with_islands(self, run_in):
         """The same as training and sampling run it in a precision."""
         networks = {name: run_in.keep_islands(deepcopy(getattr(self, name))) for name in ("model", "ema")}
-        return replace(self, **networks)
+        return replace(self, **networks, islands=True)
 
 
 def _with_network(vae, network, run_in=None):
@@ -127,16 +128,6 @@ def only(model, kind, run_in):
             del module.forward
             if forward is not None:  # an island's
                 module.forward = forward
-
-
-@contextmanager
-def energy_of(model, kind):
-    """Take the model's output for an explicit energy, `dot` or `l2`: the weights are the same."""
-    before, model.ebm = model.ebm, kind
-    try:
-        yield
-    finally:
-        model.ebm = before
 
 
 def layers(parameter):
@@ -220,11 +211,14 @@ def _training(subject, run_in):
 
 def _energies(subject, run_in):
     rows = {}
-    for kind in ("dot", "l2"):
-        with energy_of(subject.model, kind):
-            with torch.no_grad(), run_in.autocast():
-                field, energy = subject.model(subject.point.xt, subject.point.t, subject.labels, get_energy=True)
-            _, gradients, _ = gradients_of_loss(subject, run_in)
+    for kind in ("dot", "l2"):  # the same weights, their output taken for an explicit energy
+        model = deepcopy(subject.model)
+        model.ebm = kind
+        if subject.islands:
+            run_in.keep_islands(model)
+        with torch.no_grad(), run_in.autocast():
+            field, energy = model(subject.point.xt, subject.point.t, subject.labels, get_energy=True)
+        _, gradients, _ = gradients_of_loss(replace(subject, model=model), run_in)
         rows[f"energy, {kind}"] = energy
         rows[f"energy's field dE/dx, {kind}"] = field
         rows[f"gradient through the energy, {kind}"] = torch.cat([value.flatten() for value in gradients.values()])
@@ -293,8 +287,7 @@ def columns_on(device):
 def resolve(column, device):
     """The Precision of a column. Sets TF32 for it."""
     name = column.split()[0]
-    flags = {"use_bf16": name == "bf16", "use_amp": name == "fp16", "no_tf32": name != "tf32"}
-    return precision.resolve(argparse.Namespace(**flags), device)
+    return precision.named("fp32" if name == "tf32" else name, device, tf32=name == "tf32")
 
 
 def errors_of(subject, device):
@@ -326,12 +319,6 @@ def zeros_of(subject, device):
     _, scaled, scale = gradients_of_loss(subject, run_in)
     without, with_scaler = vanished(bare, exact), vanished(scaled, exact)
     return {layer: (without[layer], with_scaler[layer]) for layer in without}, scale
-
-
-def table(header, rows):
-    """Lines of a Markdown table. header: cells; rows: lists of cells."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def _shown(error):

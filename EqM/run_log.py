@@ -68,7 +68,8 @@ class RunLog:
         from matplotlib.figure import Figure  # takes a second to import
 
         with open(self._metrics, newline="", encoding="utf-8") as file:
-            rows = {int(row["step"]): row for row in csv.DictReader(file)}  # a resumed run may say a step again
+            whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill may cut the last one
+            rows = {int(row["step"]): row for row in whole}  # a resumed run may say a step again
         figure = Figure(figsize=(8, 6), layout="constrained")
         for axes, name in zip(figure.subplots(2, 1, sharex=True), ("Train Loss", "Grad Norm"), strict=True):
             axes.plot(sorted(rows), [float(rows[step][name]) for step in sorted(rows)], linewidth=1)

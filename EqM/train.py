@@ -179,7 +179,7 @@ class Trainer:
         }  # fmt: skip
 
     def step(self, stream):
-        """Train on the next micro-batches of a stream of (latents, labels). Nothing in it waits for the device.
+        """Train on the next micro-batches of a stream of (latents, labels), without waiting for the device.
 
         Returns (loss, gradient norm, applied), 0-dim tensors: applied is 1.0, or 0.0 if the step was skipped.
         """
@@ -196,6 +196,7 @@ class Trainer:
                     loss = loss + 0.5 * dispersive_loss(acts[-1])
                 self.scaler.scale(loss / self.args.grad_accum_steps).backward()
             losses.append(loss.detach())
+            del output, acts, loss  # else they would live through the next forward pass
 
         self.scaler.unscale_(self.optimizer)  # before the norm, so that clipping sees gradients of the loss itself
         grad_norm = optim.clip_gradients(self.model, self.args.max_grad_norm)
@@ -217,7 +218,7 @@ def main():
     total_steps = math.ceil(args.epochs * len(dataset) / args.global_batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
 
-    needs_autoencoder = args.sample_every or not args.latents
+    needs_autoencoder = not args.latents or (args.sample_every and ranks.is_main)
     autoencoder = latents.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
     model = cli.build_model(args).to(ranks.device)

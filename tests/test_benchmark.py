@@ -1,6 +1,8 @@
 """The benchmark: its contenders do the same work, its ratios are right, its files are written."""
 
 import json
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -97,6 +99,36 @@ def test_every_source_of_inputs_feeds_the_network(tiny, tiny_vae, monkeypatch, v
     run = contenders.Training(args, run_in, inputs(args, run_in))
     losses = [run().item() for _ in range(2)]
     assert all(1 < loss < 100 for loss in losses)
+
+
+def test_a_contender_is_gone_after_its_turn_and_one_that_does_not_fit_has_a_row_of_dashes(tiny, monkeypatch):
+    args = tiny("--rounds", 1, "--steps", 1, "--precisions", "bf16", "--grad-checkpointing")
+    alive = []
+
+    def fits(args, run_in):
+        run = contenders.OURS["train"](args, run_in)
+        alive.append(weakref.ref(run.model))
+        return run
+
+    def does_not(args, run_in):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(benchmark, "RECIPES", {"ours": {"train": fits}, "plain": {"train": does_not}})
+    with ThreadPoolExecutor(1) as here:
+        rows = benchmark.contest(args, "train", {"ours": here, "plain": here})
+    assert [reference() for reference in alive] == [None]
+    benchmark.add_ratios(rows, {"bf16": 1e12})
+    fitting, other = rows
+    assert fitting["steps/s"] > 0 and fitting["x plain"] is None and other["steps/s"] is None
+    assert benchmark.markdown(rows).splitlines()[-1].startswith("| train | plain | bf16 | - | - |")
+
+
+def test_operations_are_those_of_the_batch_and_of_nothing_recomputed(tiny):
+    few, many = (tiny("--batch-size", n, "--precisions", "fp32") for n in (2, 6))
+    again = tiny("--batch-size", 2, "--precisions", "bf16", "--grad-checkpointing")
+    assert 3 * benchmark.operations(few, "train") == benchmark.operations(many, "train")
+    assert benchmark.operations(few, "train") == pytest.approx(benchmark.operations(again, "train"), rel=0.02)
+    assert benchmark.operations(few, "sample") > 0
 
 
 def test_one_command_writes_a_row_for_each_contender(run_script, tmp_path):

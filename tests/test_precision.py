@@ -167,6 +167,37 @@ def test_islands_are_fp32_to_the_bit_and_the_rest_is_not(name, rounded):
     assert ours[-1].dtype == run_in.dtype
 
 
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("ebm", ["dot", "l2"])
+def test_the_gradient_of_an_energy_is_fp32_through_islands(name, ebm):
+    """Where the blocks pass their input on, only islands are left, and nothing may be rounded."""
+    model = tiny(ebm).eval()
+    for block in model.blocks:
+        block.adaLN_modulation[1].weight.data.zero_()
+        block.adaLN_modulation[1].bias.data.zero_()
+    exact, exact_energy = model(*batch(), get_energy=True)
+    run_in = in_precision(name, rounded=False)
+    with run_in.autocast():
+        rounded = model(*batch())
+        field, energy = run_in.keep_islands(model)(*batch(), get_energy=True)
+    assert torch.equal(field, exact) and torch.equal(energy, exact_energy) and not torch.equal(rounded, exact)
+
+
+@pytest.mark.parametrize(
+    ("argv", "products"),
+    [([], "high"), (["--no-tf32"], "highest"), (["--use-bf16"], "highest"), (["--use-amp"], "highest")],
+)
+def test_a_gpu_has_tf32_in_fp32_runs_alone_and_a_cpu_is_left_as_it_was(monkeypatch, argv, products):
+    calls = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    precision.resolve(flags(*argv), CPU)
+    assert not calls
+    precision.resolve(flags(*argv), torch.device("cuda"))
+    assert calls == [products]
+
+
 def test_a_copy_has_islands_of_its_own_weights():
     run_in, model = in_precision("bf16"), tiny().eval()
     keys = list(model.state_dict())

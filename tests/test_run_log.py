@@ -100,6 +100,10 @@ def test_curves_are_drawn_from_all_that_was_logged(tmp_path):
         pictures.append(np.asarray(Image.open(tmp_path / "loss.png")))
     assert not np.array_equal(pictures[1], pictures[2])
     assert np.array_equal(pictures[2], pictures[3])
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("4,0.")  # cut by a kill
+    log.draw()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "loss.png")), pictures[3])
 
 
 def test_a_meter_averages_by_weight_and_starts_anew():

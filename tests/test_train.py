@@ -1,5 +1,6 @@
 """train.py as its command line runs it, on images as pixels: what it writes, resumes, survives and refuses."""
 
+import copy
 import csv
 import os
 import re
@@ -295,6 +296,26 @@ def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, na
     assert [path.name for path in sheets] == ["0000002.png", "0000004.png"]
     first, second = (np.asarray(Image.open(path)) for path in sheets)
     assert first.shape == second.shape and not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_step_whose_loss_is_infinite_changes_nothing_but_the_scale(name):
+    args = train_script.parse_args(["--latents", "none", "--lr-schedule", "cosine", "--warmup-steps", "2"])
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
+    trainer = train_script.Trainer(args, model, Precision(name, torch.device("cpu"), "test", rounded=True), 10)
+    good = (torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long))
+    assert trainer.step(iter([good]))[2] == 1
+
+    def state():
+        parts = {key: part.state_dict() for key, part in trainer.parts().items() if key not in ("scaler", "guard")}
+        return copy.deepcopy(parts)
+
+    before, scale = state(), trainer.scaler.get_scale()
+    assert trainer.step(iter([(good[0] * torch.inf, good[1])]))[2] == 0
+    for (path, a), (_, b) in zip(leaves(before), leaves(state()), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+    assert trainer.scaler.get_scale() == (scale / 2 if name == "fp16" else scale)
+    assert trainer.step(iter([good]))[2] == 1 and trainer.guard.skipped == 1
 
 
 @pytest.mark.gpu
