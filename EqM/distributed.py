@@ -34,8 +34,7 @@ def setup(device_name=None):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device  # with its index, which set_device wants
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({reason(error)}); try --device cpu") from None
     if device.type == "cuda":
