@@ -51,6 +51,9 @@ def parse_args():
     add("--rounds", type=cli.positive_int, default=5, help="times each contender is timed")
     add("--steps", type=cli.positive_int, help="steps of one timing; left out: 20 on a GPU, else 3")
     add("--largest-batch", action="store_true", help="CUDA: also find the largest batch to train or sample")
+    add(
+        "--profile", action="store_true", help="also write which operations a step of each contender spends its time in"
+    )
     add("--device", help="cuda, cpu, ...; left out: the GPU where there is one")
     add("--out", type=Path, default=Path("results/benchmark"), help="folder of the table and figures")
     acceleration.add_flags(parser)
@@ -149,6 +152,19 @@ def largest_batch(args, work, recipe, name):
     return largest(fits)
 
 
+def profile(args, work, recipe, name):
+    """A table of the operations that one step of a contender spends most time in, as text."""
+    run_in = resolve(name, device_of(args, recipe))
+    run = RECIPES[recipe][work](args, run_in)
+    timed(run, WARM_UP, run_in.device)
+    with torch.profiler.profile() as profiler:
+        timed(run, 1, run_in.device)
+    run = None
+    free(run_in.device)
+    order = "self_cuda_time_total" if run_in.device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+
+
 def contest(args, work, processes):
     """One row for each contender of a kind of work: a recipe, which has its process, in a precision."""
     contenders = [(recipe, name) for name in args.precisions for recipe in processes if work in RECIPES[recipe]]
@@ -173,6 +189,9 @@ def contest(args, work, processes):
             room = work in ("train", "sample")
             arguments = (largest_batch, args, work, recipe, name)
             row["largest batch"] = processes[recipe].submit(*arguments).result() if room else None
+        if args.profile:
+            text = processes[recipe].submit(profile, args, work, recipe, name).result()
+            (args.out / f"profile-{work}-{recipe}-{name}.txt").write_text(text, encoding="utf-8")
         rows.append(row)
     return rows
 
@@ -231,6 +250,7 @@ def main():
     args.steps = args.steps or (20 if device.type == "cuda" else 3)
     recipes = ["ours", "plain"] if args.against == "plain" else ["ours"]
     rows = []
+    args.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         processes = {recipe: stack.enter_context(ProcessPoolExecutor(1, spawn)) for recipe in recipes}
@@ -244,13 +264,9 @@ def main():
     )
     text = f"{machine(device)}, {date.today()}: `{command}`\n\n{markdown(rows)}\n{told}\n"
     print(text)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "benchmark.md").write_text(text, encoding="utf-8")
-        (args.out / "benchmark.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        plot(rows).savefig(args.out / "benchmark.png", dpi=120)
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    (args.out / "benchmark.md").write_text(text, encoding="utf-8")
+    (args.out / "benchmark.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    plot(rows).savefig(args.out / "benchmark.png", dpi=120)
 
 
 if __name__ == "__main__":

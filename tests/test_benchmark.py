@@ -133,7 +133,7 @@ def test_operations_are_those_of_the_batch_and_of_nothing_recomputed(tiny):
 
 def test_one_command_writes_a_row_for_each_contender(run_script, tmp_path):
     words = "--model EqM-T/4 --image-size 32 --batch-size 1 --rounds 1 --steps 1 --num-workers 0 --device cpu"
-    work = ["--work", "train", "sample", "cached", "--against", "plain"]
+    work = ["--work", "train", "sample", "cached", "--against", "plain", "--profile"]
     result = run_script("benchmark", *words.split(), *work, "--out", tmp_path)
     assert result.code == 0, result.err
     rows = json.loads((tmp_path / "benchmark.json").read_text())
@@ -141,6 +141,8 @@ def test_one_command_writes_a_row_for_each_contender(run_script, tmp_path):
     assert len(named) == len(rows) == 2 * 2 * 2 + 2, "the plain recipe has no cache"
     assert all(row["steps/s"] > 0 and row["TFLOP/s"] > 0 for row in rows)
     assert (tmp_path / "benchmark.md").read_text() in result.out and (tmp_path / "benchmark.png").exists()
+    assert len(list(tmp_path.glob("profile-*.txt"))) == len(rows)
+    assert "aten::addmm" in (tmp_path / "profile-train-ours-bf16.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def commands(document):
     return [(script, shlex.split(rest.split("  #")[0])) for script, rest in found]
 
 
-MIXED = commands("MIXED_PRECISION.md")
+MIXED = [pair for pair in commands("MIXED_PRECISION.md") if pair[0] != "EqM/compare_precisions"]  # that has its own
+SMALL = "--model EqM-T/4 --image-size 32 --batch-size 1 --rounds 1 --steps 1 --video --clip-len 4"  # for the benchmark
 
 
 def test_the_documents_hold_commands():
@@ -40,14 +41,13 @@ def test_every_command_of_mixed_precision_runs(run_script, image_folder, trained
         assert run_script("train", *train_args(image_folder, trained, "--use-bf16")).code == 0
     places = {"DATA": image_folder, "CHECKPOINT": next(trained.glob("*/checkpoints/*.pt"))}
     argv = [str(places.get(word, word)) for word in argv]
-    if script == "EqM/train":
-        tiny = train_args(image_folder, tmp_path, "--max-steps", 3, "--epochs", 9)[2:]
-    else:
-        tiny = ["--folder", tmp_path / "s", *["--num-fid-samples", "2", "--num-sampling-steps", "3", "--device", "cpu"]]
-    if script == "EqM/benchmark":
-        words = "--model EqM-T/4 --image-size 32 --batch-size 1 --rounds 1 --steps 1 --device cpu"
-        tiny, argv = argv, [*words.split(), "--out", str(tmp_path / "benchmark")]
-    result = run_script(Path(script).name, *tiny, *argv)
+    tiny = {
+        "EqM/train": train_args(image_folder, tmp_path, "--max-steps", 3, "--epochs", 9)[2:],
+        "EqM/sample_gd": ["--folder", tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 3],
+        "EqM/precision_error": ["--out", tmp_path / "errors.md", "--batch-size", 2, "--num-sampling-steps", 3],
+        "EqM/benchmark": [*SMALL.split(), "--out", tmp_path / "out"],
+    }[script]
+    result = run_script(Path(script).name, *argv, *tiny, "--device", "cpu")
     assert result.code == 0, result.err
 
 
