@@ -59,8 +59,9 @@ DEMO_CLASSES = sorted(folder.name for folder in (DATASETS / "demo").iterdir() if
 DEMO_SAMPLING = {"num_sampling_steps": 50, "stepsize": 0.008, "cfg_scale": 2.0, "cfg_channels": 4}
 
 
-def parse_args(argv):
+def parse_args(argv=None):
     """Arguments of this script, and in args.train those after `--`, which are train.py's."""
+    argv = sys.argv[1:] if argv is None else argv
     ours, train = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = cli.Parser(__doc__.splitlines()[0] + " After -- come train.py's own flags; left out: the demo set.")
     cli.add_sampler(parser)
@@ -415,7 +416,7 @@ compared as written: GIFs, of 256 colours a frame at most.
 
 def main():
     begun = time.monotonic()
-    args = parse_args(sys.argv[1:])
+    args = parse_args()
     device = distributed.setup(args.device).device
     open_out(args)
     seeds = range(args.global_seed, args.global_seed + args.seeds)
