@@ -63,12 +63,22 @@ def test_every_other_command_has_flags_that_exist(document, monkeypatch, tmp_pat
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_a_document_names_is_there(document):
     text = (REPO / document).read_text(encoding="utf-8")
-    named = set(re.findall(r"\b(?:EqM|datasets|tests)/\w+\.(?:py|md|png)\b", text)) | {
-        link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))
-    }
+    named = set(re.findall(r"\b(?:EqM|datasets|tests)/\w+\.(?:py|md|png)\b", text))
     assert named
     for name in named:
         assert (REPO / name).exists() or (REPO / document).parent.joinpath(name).exists(), name
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "results/README.md", "results/measured/precisions/report.md"])
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    page = REPO / document
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert link.startswith("http") or target.exists(), link
+        if heading and not link.startswith("http"):
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings], link
 
 
 def test_the_readmes_file_tree_names_every_module():
