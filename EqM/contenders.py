@@ -205,12 +205,12 @@ def make_files(args, root):
     folder = root / "class"
     folder.mkdir()
     rng = np.random.default_rng(0)
+    side = 16 if args.video else 25
     for i in range(FILES):
+        scene = np.kron(rng.integers(0, 256, (15, 20, 3), np.uint8), np.ones((side, side, 1), np.uint8))
         if args.video:
-            scene = np.kron(rng.integers(0, 256, (15, 20, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
             media.save_sample(folder / f"{i}.mp4", np.stack([np.roll(scene, t, axis=1) for t in range(180)]), fps=25)
         else:
-            scene = np.kron(rng.integers(0, 256, (15, 20, 3), np.uint8), np.ones((25, 25, 1), np.uint8))
             media.save_sample(folder / f"{i}.png", scene[None], fps=1)
     return root
 

@@ -62,7 +62,7 @@ class VAE:
     """A frozen diffusers AutoencoderKL and its scaling: latents = (z - shift) * scale.
 
     run_in: the network's Precision; the posterior is sampled in FP32 in any case. chunk: how many
-    frames go through it at once. Its convolutions run channels-last, which 16-bit units want.
+    frames go through it at once. Its convolutions run channels-last.
     """
 
     def __init__(self, network, run_in, scale, shift=0.0, chunk=64):
