@@ -156,9 +156,12 @@ def profile(args, work, recipe, name):
     """A table of the operations that one step of a contender spends most time in, as text."""
     run_in = resolve(name, device_of(args, recipe))
     run = RECIPES[recipe][work](args, run_in)
-    timed(run, WARM_UP, run_in.device)
-    with torch.profiler.profile() as profiler:
-        timed(run, 1, run_in.device)
+    # Warmed up under the profiler: what it allocates at first would fault the step's own memory out of reach.
+    schedule = torch.profiler.schedule(wait=0, warmup=WARM_UP, active=1, repeat=1)
+    with torch.profiler.profile(schedule=schedule) as profiler:
+        for _ in range(WARM_UP + 1):
+            timed(run, 1, run_in.device)
+            profiler.step()
     run = None
     free(run_in.device)
     order = "self_cuda_time_total" if run_in.device.type == "cuda" else "self_cpu_time_total"
