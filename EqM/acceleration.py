@@ -1,6 +1,6 @@
-"""Two trades for the network's blocks, made from outside: time to compile for speed, speed for memory."""
+"""What makes the network faster or smaller without changing its field, done from outside."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -67,6 +67,28 @@ def checkpoint_blocks(model, run_in):
         settings["context_fn"] = lambda: (nullcontext(), run_in.autocast())
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, **settings)
+
+
+@contextmanager
+def modulated_once(model):
+    """Within it, what time and label make of the network is computed at its first call and kept for all others.
+
+    For one descent: its labels stay, and EqM's field does not depend on time. The adaLN weights, a third of the
+    network's, are then read once a batch instead of at every step. A model that is conditioned on time is left alone.
+    """
+    kept = []
+
+    def modulations(t, y):
+        if not kept:
+            kept.extend(type(model).modulations(model, t, y))
+        return kept
+
+    if model.uncond:
+        model.modulations = modulations
+    try:
+        yield
+    finally:
+        vars(model).pop("modulations", None)
 
 
 def _has_modes(run_in):

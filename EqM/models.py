@@ -133,14 +133,15 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x, condition):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+    def forward(self, x, modulation):
+        """x: (N, L, D); modulation: what adaLN_modulation makes of the condition, (N, 6 D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
-    """Tokens (N, L, D) to patch values (N, L, patch volume * channels)."""
+    """Tokens (N, L, D), modulated by (N, 2 D), to patch values (N, L, patch volume * channels)."""
 
     def __init__(self, hidden_size, patch_values):
         super().__init__()
@@ -148,8 +149,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x, condition):
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+    def forward(self, x, modulation):
+        shift, scale = modulation.chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -231,17 +232,22 @@ class EqM(nn.Module):
         x = x.permute(0, 1 + 2 * axes, *pairs)
         return x.reshape(N, self.out_channels, *[g * p for g, p in zip(self.grid, self.patch, strict=True)])
 
-    def network(self, x, t, y):
-        """The transformer alone: (output shaped and typed like x, list of block outputs (N, L, D))."""
+    def modulations(self, t, y):
+        """All that time and label do: shifts, scales and gates of each block (N, 6 D), then of the end (N, 2 D)."""
         if self.uncond:
             t = torch.zeros_like(t)
-        tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        return [layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)]
+
+    def network(self, x, t, y):
+        """The transformer alone: (output shaped and typed like x, list of block outputs (N, L, D))."""
+        *of_blocks, of_end = self.modulations(t, y)
+        tokens = self.x_embedder(x) + self.pos_embed
         acts = []
-        for block in self.blocks:
-            tokens = block(tokens, condition)
+        for block, modulation in zip(self.blocks, of_blocks, strict=True):
+            tokens = block(tokens, modulation)
             acts.append(tokens)
-        out = self.unpatchify(self.final_layer(tokens, condition))
+        out = self.unpatchify(self.final_layer(tokens, of_end))
         if self.learn_sigma:
             out = out.chunk(2, dim=1)[0]
         return out.type_as(x), acts

@@ -2,6 +2,7 @@
 
 import torch
 
+import acceleration
 import latents
 import media
 import samplers
@@ -38,7 +39,8 @@ class Preview:
     def __call__(self, step):
         guided = samplers.guided(self._field, self.labels, self.args.cfg_scale, self.args.num_classes)
         interval = self.transport.interval(self.transport.sample_eps)
-        x = samplers.descend(guided, self.noise, POINTS, STEPSIZE, interval=interval)
+        with acceleration.modulated_once(self.model):
+            x = samplers.descend(guided, self.noise, POINTS, STEPSIZE, interval=interval)
         pixels = latents.to_uint8(self.autoencoder.decode(x)).cpu()
         frames = pixels if self.args.video else pixels.unsqueeze(2)  # (N, 3, T, H, W)
         self.folder.mkdir(exist_ok=True)

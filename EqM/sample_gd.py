@@ -183,7 +183,7 @@ def main():
         y = torch.tensor([label_of(args.global_seed, i, labels) for i in batch])
         x, y = x.to(ranks.device), y.to(ranks.device)
         bar = partial(tqdm, desc=f"batch {start // batch_size + 1}", leave=False, disable=not ranks.is_main)
-        with torch.no_grad():
+        with torch.no_grad(), acceleration.modulated_once(model):
             guided = samplers.guided(field, y, args.cfg_scale, args.num_classes, args.cfg_channels)
             x = samplers.descend(guided, x, args.num_sampling_steps, args.stepsize, mu, interval, bar)
             pixels = latents.to_uint8(autoencoder.decode(x))

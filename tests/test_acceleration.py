@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import acceleration
+import samplers
 from models import EqM_models
 from precision import Precision
 
 CPU = torch.device("cpu")
 
 
-def tiny(ebm="none"):
+def tiny(ebm="none", uncond=True):
     torch.manual_seed(0)
-    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3, ebm=ebm)
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3, ebm=ebm, uncond=uncond)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.requires_grad else None
     return model
@@ -85,3 +86,41 @@ def test_compiled_blocks_give_the_same_field_and_keep_their_names(name, checkpoi
         assert (ours - plain).norm() <= tolerance * plain.norm()
     assert list(model.state_dict()) == keys
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "a block's, and the trial of the compiler"
+
+
+def descent(model, run_in, labels):
+    """The end of a guided descent of three updates, and how often the last block was modulated."""
+    calls = []
+    hook = model.blocks[-1].adaLN_modulation.register_forward_hook(lambda *_: calls.append(1))
+
+    def field(x, t, y):
+        with run_in.autocast():
+            return model(x, t, y)
+
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        end = samplers.descend(samplers.guided(field, labels, 4.0, 3), x, points=4, stepsize=0.1, mu=0.3)
+    hook.remove()
+    return end, len(calls)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("ebm", "uncond", "calls"), [("none", True, 1), ("l2", True, 1), ("none", False, 3)])
+def test_a_network_modulated_once_descends_to_the_same_bits(name, ebm, uncond, calls):
+    run_in = Precision(name, CPU, "test", rounded=name == "fp16")
+    model = run_in.keep_islands(tiny(ebm, uncond).eval().requires_grad_(False))
+    for labels in (torch.tensor([0, 1]), torch.tensor([2, 0])):
+        expected, without = descent(model, run_in, labels)
+        with acceleration.modulated_once(model):
+            ours, made = descent(model, run_in, labels)
+        assert torch.equal(ours, expected) and (made, without) == (calls, 3)
+
+
+def test_a_descent_that_fails_leaves_no_modulation_behind():
+    model, y = tiny().eval(), torch.tensor([0])
+    x, t = torch.randn(1, 4, 8, 8), torch.zeros(1)
+    expected = model(x, t, y + 1)
+    with pytest.raises(KeyboardInterrupt), acceleration.modulated_once(model):
+        model(x, t, y)
+        raise KeyboardInterrupt
+    assert torch.equal(model(x, t, y + 1), expected)
