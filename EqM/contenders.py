@@ -146,11 +146,11 @@ class Sampling:
         with self.autocast():
             return self.model(x, t, y)
 
+    @torch.no_grad()
     def descend(self):
         guided = samplers.guided(self.field, self.y, 1.5, CLASSES)
         return samplers.descend(guided, self.x, SAMPLING_POINTS, 0.0017)
 
-    @torch.no_grad()
     def __call__(self):
         with acceleration.modulated_once(self.model):
             return self.descend()
@@ -162,7 +162,6 @@ class PlainSampling(Sampling):
     def prepare(self, args, run_in):
         self.autocast = lambda: plain_autocast(run_in)
 
-    @torch.no_grad()
     def __call__(self):
         return self.descend()
 
