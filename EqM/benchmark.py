@@ -156,7 +156,7 @@ def profile(args, work, recipe, name):
     """A table of the operations that one step of a contender spends most time in, as text."""
     run_in = resolve(name, device_of(args, recipe))
     run = RECIPES[recipe][work](args, run_in)
-    # Warmed up under the profiler: what it allocates at first would fault the step's own memory out of reach.
+    # Warmed up under the profiler: the memory that it takes at first would make the step's own a page fault each.
     schedule = torch.profiler.schedule(wait=0, warmup=WARM_UP, active=1, repeat=1)
     with torch.profiler.profile(schedule=schedule) as profiler:
         for _ in range(WARM_UP + 1):

@@ -1,6 +1,6 @@
 """Train and sample the same model in FP32, BF16 and FP16, and report what differs.
 
-    python EqM/compare_precisions.py                       # the demo set, 17 minutes on two CPU cores
+    python EqM/compare_precisions.py                       # the demo set, a quarter of an hour on two CPU cores
     python EqM/compare_precisions.py --out results/compare-ucf --steps 20000 -- \\
         --data-path datasets/ucf-101/train --model EqM-S/4 --video --clip-len 4 --ema-decay 0.999
 

@@ -197,8 +197,7 @@ class ProductAttention(TorchFunctionMode):
     """Attention in 16 bits on a CPU, where gradients are wanted: two matrix products round an FP32 softmax.
 
     PyTorch's fused kernel does the same without keeping the L x L weights, but its backward pass computes without the
-    CPU's 16-bit units: forward and backward take it 1.4 to 2.6 times as long at 64 to 256 tokens. Scores in 16 bits
-    would be faster still, at twice the error.
+    CPU's 16-bit units and takes longer. Scores in 16 bits would be faster still, at twice the error or more.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
