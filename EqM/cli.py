@@ -7,11 +7,11 @@ import sys
 
 import torch.distributed as dist
 
-import latents
-from errors import UserError
-from models import EBM_KINDS, EqM_models
-from samplers import SAMPLERS
-from transport import PATHS, PREDICTIONS
+from EqM.data import autoencoder as latents
+from EqM.models import EBM_KINDS, EqM_models
+from EqM.run.errors import UserError
+from EqM.samplers import SAMPLERS
+from EqM.transport import PATHS, PREDICTIONS
 
 # What a checkpoint's own args settle when sampling; the values are the published defaults.
 MODEL_DEFAULTS = {

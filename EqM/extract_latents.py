@@ -6,20 +6,26 @@
 Killed, it goes on where it was when run again.
 """
 
-import json
+import sys
 from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not __package__:  # run by its path: import the package beside this file, whatever else is installed
+    sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+
+import json
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
-import data
-import distributed
-import latent_cache
-import latents
-import precision
-from errors import UserError
+from EqM import cli
+from EqM.data import autoencoder as latents
+from EqM.data import files as data
+from EqM.data import latent_cache, loader
+from EqM.engine import precision
+from EqM.run import distributed
+from EqM.run.errors import UserError
 
 
 def parse_args():
@@ -65,11 +71,11 @@ def main():
     left = np.flatnonzero(~writer.done)[ranks.rank :: ranks.world_size]
     keys = [[(0, int(i)) for i in left[n : n + args.batch_size]] for n in range(0, len(left), args.batch_size)]
     autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
-    bad_files = data.BadFiles(dataset, args.max_bad_fraction, tqdm.write)
+    bad_files = loader.BadFiles(dataset, args.max_bad_fraction, tqdm.write)
     pin = ranks.device.type == "cuda"
     bar = tqdm(total=len(left), desc="encode", unit="clip" if args.video else "image", disable=not ranks.is_main)
     waiting = None  # the batch before this one: its results travel to the CPU while the next is encoded
-    for batch, (pixels, _, bad) in zip(keys, data.read(dataset, keys, args.num_workers, pin), strict=True):
+    for batch, (pixels, _, bad) in zip(keys, loader.read(dataset, keys, args.num_workers, pin), strict=True):
         bad_files.note(bad)
         pixels = latents.to_pixels(pixels.to(ranks.device, non_blocking=True))
         copies = [pixels, pixels.flip(-1)] if args.flip else [pixels]

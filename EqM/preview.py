@@ -2,11 +2,11 @@
 
 import torch
 
-import acceleration
-import latents
-import media
-import samplers
-import seeds
+from EqM import samplers
+from EqM.data import autoencoder as latents
+from EqM.data import media
+from EqM.engine import acceleration
+from EqM.run import seeds
 
 SAMPLES = 16
 POINTS, STEPSIZE = 51, 0.0085  # 50 updates that go as far as the published 250 of 0.0017

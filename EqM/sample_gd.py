@@ -7,27 +7,29 @@ Sample i depends on the seed and i alone, however many ranks and whatever the ba
 where it was when run again.
 """
 
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not __package__:  # run by its path: import the package beside this file, whatever else is installed
+    sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+
 import argparse
 import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import acceleration
-import checkpoint
-import cli
-import distributed
-import latents
-import media
-import precision
-import samplers
-import seeds
-from errors import UserError, reason
-from transport import Transport
+from EqM import cli, samplers
+from EqM.data import autoencoder as latents
+from EqM.data import media
+from EqM.engine import acceleration, precision
+from EqM.run import checkpoint, distributed, seeds
+from EqM.run.errors import UserError, reason
+from EqM.transport import Transport
 
 SHEET_SIZE = 64  # samples on the contact sheet
 WRITERS = 4  # threads that encode and write files

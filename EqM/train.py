@@ -7,28 +7,31 @@ Reads top to bottom: arguments, data, what is resumed, the step (Trainer.step) a
 Every precision takes the same path: autocast and the scaler do nothing where they are not needed.
 """
 
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not __package__:  # run by its path: import the package beside this file, whatever else is installed
+    sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+
 import argparse
 import math
-from contextlib import nullcontext
 
 import torch
 from tqdm import trange
 
-import acceleration
-import checkpoint
-import cli
-import data
-import distributed
-import latent_cache
-import latents
-import optimizer as optim
-import precision
-import run_log
-import seeds
-from ema import EMA
-from errors import UserError
-from preview import Preview
-from transport import LOSS_WEIGHTS, Transport, dispersive_loss
+from EqM import cli
+from EqM.data import autoencoder as latents
+from EqM.data import files as data
+from EqM.data import latent_cache, loader
+from EqM.engine import acceleration, precision
+from EqM.engine import optimizer as optim
+from EqM.engine.trainer import Trainer
+from EqM.preview import Preview
+from EqM.run import checkpoint, distributed, seeds
+from EqM.run import log as run_log
+from EqM.run.errors import UserError
+from EqM.transport import LOSS_WEIGHTS
 
 
 def parse_args(argv=None):
@@ -89,33 +92,6 @@ def open_dataset(args):
     return dataset
 
 
-def micro_batch_size(args, ranks):
-    """Samples of one forward pass on one rank."""
-    size, left = divmod(args.global_batch_size, ranks.world_size * args.grad_accum_steps)
-    if left:
-        raise UserError(
-            f"--global-batch-size {args.global_batch_size} does not divide into {ranks.world_size} rank(s) "
-            f"x {args.grad_accum_steps} accumulation step(s)"
-        )
-    return size
-
-
-def batches(args, dataset, autoencoder, ranks, first_step, tell):
-    """Endless micro-batches of this rank from a step on: latents FP32 (N, C, [T,] h, w) and labels (N,).
-
-    What is random about them comes from torch's generators at the moment a batch is asked for. tell: for bad files.
-    """
-    keys = data.Stream(
-        len(dataset), micro_batch_size(args, ranks), ranks.rank, ranks.world_size, args.global_seed,
-        first_batch=first_step * args.grad_accum_steps,
-    )  # fmt: skip
-    bad_files = data.BadFiles(dataset, args.max_bad_fraction, tell)
-    for items, labels, bad in data.read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
-        bad_files.note(bad)
-        items, labels = (part.to(ranks.device, non_blocking=True) for part in (items, labels))
-        yield latents.draw(items) if args.latents else autoencoder.encode(latents.to_pixels(items)), labels
-
-
 def find_checkpoint(args):
     """(path, content) of the checkpoint to go on from, or (None, None)."""
     if args.ckpt and args.ckpt != "latest":
@@ -153,68 +129,12 @@ def what_changed(args, saved, run_in, ranks):
     return ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if then[key] != now[key])
 
 
-class Trainer:
-    """A model with everything that changes it, and the step they make together, the same in every precision.
-
-    args: lr, ema_decay, max_grad_norm and the rest of what parse_args settles. model: on its device, in FP32.
-    run_in: the Precision. network: the model as it is called, which data_parallel may wrap.
-    """
-
-    def __init__(self, args, model, run_in, total_steps):
-        self.args = args
-        self.run_in = run_in
-        self.model = self.network = run_in.keep_islands(model.train())
-        self.ema = EMA(model, args.ema_decay)
-        self.optimizer = optim.adamw(model, args.lr)
-        self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
-        self.scaler = run_in.grad_scaler()
-        self.guard = precision.StepGuard(run_in)
-        self.transport = Transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
-
-    def parts(self):
-        """What a checkpoint keeps, by its key there."""
-        return {
-            "model": self.model, "ema": self.ema.model, "opt": self.optimizer, "scaler": self.scaler,
-            "schedule": self.schedule, "guard": self.guard,
-        }  # fmt: skip
-
-    def step(self, stream):
-        """Train on the next micro-batches of a stream of (latents, labels), without waiting for the device.
-
-        Returns (loss, gradient norm, applied), 0-dim tensors: applied is 1.0, or 0.0 if the step was skipped.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for left in reversed(range(self.args.grad_accum_steps)):
-            x1, y = next(stream)
-            point = self.transport.sample(x1)
-            with self.network.no_sync() if left and self.network is not self.model else nullcontext():
-                with self.run_in.autocast():  # 16-bit begins and ends here: losses are FP32
-                    output, acts = self.network(point.xt, point.t, y, return_act=True)
-                loss = self.transport.loss(output, point).mean()
-                if self.args.disp:
-                    loss = loss + 0.5 * dispersive_loss(acts[-1])
-                self.scaler.scale(loss / self.args.grad_accum_steps).backward()
-            losses.append(loss.detach())
-            del output, acts, loss  # else they would live through the next forward pass
-
-        self.scaler.unscale_(self.optimizer)  # before the norm, so that clipping sees gradients of the loss itself
-        grad_norm = optim.clip_gradients(self.model, self.args.max_grad_norm)
-        applied = self.guard.judge(grad_norm)
-        self.optimizer.found_inf = 1 - applied  # a fused optimizer skips inside its kernel, so nobody has to ask
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.advance(applied)
-        self.ema.update(applied)
-        return torch.stack(losses).mean(), grad_norm, applied
-
-
 def main():
     args = parse_args()
     ranks = distributed.setup(args.device)
     run_in = precision.resolve(args, ranks.device)
     dataset = open_dataset(args)
-    micro_batch_size(args, ranks)
+    loader.micro_batch_size(args, ranks)
     total_steps = math.ceil(args.epochs * len(dataset) / args.global_batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
 
@@ -270,7 +190,7 @@ def main():
         )
     acceleration.apply(model, args, run_in, log.info)
     trainer.network = distributed.data_parallel(model, ranks)
-    stream = batches(args, dataset, autoencoder, ranks, first_step, log.info)
+    stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
     steps = trange(first_step + 1, total_steps + 1, initial=first_step, total=total_steps, disable=not ranks.is_main)
     step = first_step

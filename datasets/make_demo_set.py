@@ -14,10 +14,10 @@ import numpy as np
 from av.bitstream import BitStreamFilterContext
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "EqM"))
+sys.path.insert(0, str(HERE.parent))
 
-import cli  # noqa: E402
-from errors import UserError  # noqa: E402
+from EqM import cli
+from EqM.run.errors import UserError
 
 SEED = 0
 FRAMES = 16  # T

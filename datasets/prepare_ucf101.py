@@ -15,10 +15,10 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "EqM"))
+sys.path.insert(0, str(HERE.parent))
 
-import cli  # noqa: E402
-from errors import UserError  # noqa: E402
+from EqM import cli
+from EqM.run.errors import UserError
 
 EXTRACTORS = {
     "bsdtar": ["-xf", "{archive}", "-C", "{folder}"],

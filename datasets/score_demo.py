@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "EqM"))
+sys.path.insert(0, str(HERE.parent))
 
-import cli  # noqa: E402
-import data  # noqa: E402
-import media  # noqa: E402
-from errors import UserError  # noqa: E402
+from EqM import cli
+from EqM.data import clips, media
+from EqM.data import files as data
+from EqM.run.errors import UserError
 
 CLIP_LEN = 4  # frames of a clip, and
 SIZE = 32  # its height and width in pixels, as the demo trains
@@ -69,7 +69,7 @@ def score(clip):
 def load_set(folder, num_frames=CLIP_LEN):
     """The clips of the demo set as training reads them: list of uint8 (T, SIZE, SIZE, 3), list of class names."""
     paths, labels, names = data.find_files(folder, clips=True)
-    clips = [np.stack([data.centre_crop(f, SIZE) for f in data.decode_clip(path, num_frames)]) for path in paths]
+    clips = [np.stack([data.centre_crop(f, SIZE) for f in clips.decode_clip(path, num_frames)]) for path in paths]
     return clips, [names[label] for label in labels]
 
 

@@ -17,11 +17,11 @@ from tqdm import tqdm
 import make_demo_set
 import score_demo
 
-sys.path.insert(0, str(score_demo.HERE.parent / "EqM"))
+sys.path.insert(0, str(score_demo.HERE.parent))
 
-import cli  # noqa: E402
-import data  # noqa: E402
-import latents  # noqa: E402
+from EqM import cli
+from EqM.data import autoencoder as latents
+from EqM.data import files as data
 
 STEPS = 2000
 BATCH = 32  # frames

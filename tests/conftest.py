@@ -6,37 +6,18 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=os.devnull)  # as on a machine without network or cached weights
 
-import importlib
 import signal
 import sys
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from helpers import SIGNALS, load_script, write_clip
+
 torch.set_num_threads(1)
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # train.py installs handlers for these
-
-
-def write_clip(path, frames, codec="libx264", rate=10, options=None, pix_fmt="yuv420p"):
-    """Encode uint8 frames (T, H, W, 3); the path's suffix names the container."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options or {})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pix_fmt
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def train_args(data_path, results_dir, *more):
-    """Command line of the smallest training run: images as pixels, two steps, on the CPU."""
-    words = "--vae none --image-size 8 --model EqM-T/4 --global-batch-size 4 --max-steps 2 --num-workers 0 --device cpu"
-    return ["--data-path", str(data_path), "--results-dir", str(results_dir), *words.split(), *map(str, more)]
 
 
 @pytest.fixture(scope="session")
@@ -90,17 +71,17 @@ def tiny_vae(tmp_path_factory):
 
 @pytest.fixture
 def run_script(monkeypatch, capfd):
-    """run_script("train", *argv): a script of EqM/ in this process, as its command line would; code, out, err."""
+    """run_script("train", *argv): a script in this process, as its command line would; code, out, err."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def run(module_name, *argv):
-        import cli
+    def run(script, *argv):
+        from EqM import cli
 
-        monkeypatch.setattr(sys, "argv", [f"{module_name}.py", *map(str, argv)])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
         capfd.readouterr()
         code = 0
         try:
-            cli.run(importlib.import_module(module_name).main)
+            cli.run(load_script(script).main)
         except SystemExit as stop:
             code = stop.code or 0
         finally:

@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import cli
-import data
-import latents
-import seeds
-from conftest import train_args
-from errors import UserError
-from models import EqM_models
-from test_sample_gd import IMAGE_ARGS, save_checkpoint
-from test_train import REPO, assert_same_checkpoint
-from transport import Transport
+from EqM import cli
+from EqM.data import autoencoder as latents
+from EqM.data import files as data
+from EqM.data import loader
+from EqM.models import EqM_models
+from EqM.run import checkpoint, seeds
+from EqM.run.errors import UserError
+from EqM.transport import Transport
+from helpers import IMAGE_ARGS, REPO, assert_same_checkpoint, save_checkpoint, train_args
 
 COUNTS = "0 -1 1.5 x inf nan"  # none of them a positive whole number
 
@@ -243,7 +241,7 @@ def test_two_ranks_with_accumulation_step_along_the_mean_gradient(image_folder, 
     model = EqM_models["EqM-T/4"](input_size=8, num_classes=2, in_channels=3).train()
     files = data.LabelledFiles(*data.find_files(image_folder, clips=False), size=8)
     for rank in range(2):
-        stream = iter(data.Stream(len(files), batch_size=1, rank=rank, world_size=2, seed=0))
+        stream = iter(loader.Stream(len(files), batch_size=1, rank=rank, world_size=2, seed=0))
         seeds.seed_step(0, 1, rank)
         for _ in range(2):
             pixels, label, _ = files[next(stream)[0]]
@@ -274,13 +272,16 @@ def test_two_ranks_encode_one_cache(clip_folder, tiny_vae, tmp_path):
 
 
 INF_ON_ONE_RANK = """
-import torch, distributed, precision, train
-from models import EqM_models
+import torch
+from EqM import train
+from EqM.engine import precision
+from EqM.run import distributed
+from EqM.models import EqM_models
 ranks = distributed.setup("cpu")
 run_in = precision.Precision("fp16", ranks.device, "test", rounded=True)
 torch.manual_seed(0)
 model = EqM_models["EqM-T/4"](input_size=8, num_classes=2)
-trainer = train.Trainer(train.parse_args(["--latents", "none", "--lr", "1e-2"]), model, run_in, 2)
+trainer = Trainer(train.parse_args(["--latents", "none", "--lr", "1e-2"]), model, run_in, 2)
 trainer.network = distributed.data_parallel(model, ranks)
 def weights():
     return torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item()
@@ -304,7 +305,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path):
     script.write_text(INF_ON_ONE_RANK)
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(REPO / "EqM")},
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(REPO)},
     )  # fmt: skip
     assert "the same on both" in result.stdout, result.stderr
 

@@ -1,27 +1,31 @@
 """What the documents tell people to type works, and the files they name exist."""
 
-import importlib
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 
-from conftest import train_args
+from helpers import REPO, load_script, train_args
 
-REPO = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "MIXED_PRECISION.md", "datasets/README.md")
 
 
 def commands(document):
     """(script, arguments) of every indented or fenced command that runs a Python file of ours."""
     text = (REPO / document).read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"^    (?:python|torchrun) .*?\b((?:EqM|datasets)/\w+)\.py *(.*)$", text, re.M)
+    found = re.findall(r"^    (?:python|torchrun) .*?\b((?:EqM|datasets)/\w+\.py|EqM\.measure\.\w+) *(.*)$", text, re.M)
     return [(script, shlex.split(rest.split("  #")[0])) for script, rest in found]
 
 
-MIXED = [pair for pair in commands("MIXED_PRECISION.md") if pair[0] != "EqM/compare_precisions"]  # that has its own
+def name_of(script):
+    """EqM/train.py -> train, EqM.measure.benchmark -> benchmark."""
+    return script.removesuffix(".py").replace("/", ".").split(".")[-1]
+
+
+MIXED = [
+    pair for pair in commands("MIXED_PRECISION.md") if pair[0] != "EqM.measure.compare_precisions"
+]  # that has its own
 SMALL = "--model EqM-T/4 --image-size 32 --batch-size 1 --rounds 1 --steps 1 --video --clip-len 4"  # for the benchmark
 
 
@@ -42,20 +46,20 @@ def test_every_command_of_mixed_precision_runs(run_script, image_folder, trained
     places = {"DATA": image_folder, "CHECKPOINT": next(trained.glob("*/checkpoints/*.pt"))}
     argv = [str(places.get(word, word)) for word in argv]
     tiny = {
-        "EqM/train": train_args(image_folder, tmp_path, "--max-steps", 3, "--epochs", 9)[2:],
-        "EqM/sample_gd": ["--folder", tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 3],
-        "EqM/precision_error": ["--out", tmp_path / "errors.md", "--batch-size", 2, "--num-sampling-steps", 3],
-        "EqM/benchmark": [*SMALL.split(), "--out", tmp_path / "out"],
+        "EqM/train.py": train_args(image_folder, tmp_path, "--max-steps", 3, "--epochs", 9)[2:],
+        "EqM/sample_gd.py": ["--folder", tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 3],
+        "EqM.measure.precision_error": ["--out", tmp_path / "errors.md", "--batch-size", 2, "--num-sampling-steps", 3],
+        "EqM.measure.benchmark": [*SMALL.split(), "--out", tmp_path / "out"],
     }[script]
-    result = run_script(Path(script).name, *argv, *tiny, "--device", "cpu")
+    result = run_script(name_of(script), *argv, *tiny, "--device", "cpu")
     assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_other_command_has_flags_that_exist(document, monkeypatch, tmp_path):
     for script, argv in commands(document):
-        if script.startswith("EqM/") and "..." not in argv:
-            module = importlib.import_module(Path(script).name)
+        if script.startswith("EqM") and "..." not in argv:
+            module = load_script(name_of(script))
             monkeypatch.setattr(sys, "argv", [script, *argv])
             module.parse_args()
 
@@ -84,5 +88,5 @@ def test_every_link_leads_to_a_file_and_a_heading(document):
 def test_the_readmes_file_tree_names_every_module():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     tree = readme[readme.index("## Where things are") :]
-    missing = [path.name for path in (REPO / "EqM").glob("*.py") if path.name not in tree]
+    missing = [path.name for path in (REPO / "EqM").rglob("*.py") if path.name not in (tree + "__init__.py")]
     assert not missing

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import models
-from models import SIZES, EqM, EqM_models, sincos_grid
+from EqM import models
+from EqM.models import SIZES, EqM, EqM_models, sincos_grid
 
 IMAGE, CLIP = 8, (4, 8, 8)
 ENERGIES = ("dot", "mean", "l2")

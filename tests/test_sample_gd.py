@@ -9,28 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import media
-from models import EqM_models
+from EqM.data import media
+from EqM.models import EqM_models
+from EqM.run import checkpoint
+from helpers import CLIP_ARGS, IMAGE_ARGS, NAMES, save_checkpoint
 
 PRECISIONS = {"fp32": [], "bf16": ["--use-bf16"], "fp16": ["--use-amp"]}
-NAMES = ["cat", "dog", "owl"]
-IMAGE_ARGS = {
-    "model": "EqM-T/4", "image_size": 8, "num_classes": 3, "vae": "none", "uncond": True, "ebm": "none", "video": False,
-}  # fmt: skip
-CLIP_ARGS = {**IMAGE_ARGS, "video": True, "clip_len": 4}
-
-
-def save_checkpoint(path, args, seed=0):
-    """A random network, saved as train.py would."""
-    torch.manual_seed(seed)
-    size = (4, 8, 8) if args.get("video") else 8
-    model = EqM_models["EqM-T/4"](input_size=size, num_classes=3, in_channels=3, ebm=args["ebm"])
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05) if parameter.requires_grad else None
-    weights = model.state_dict()
-    checkpoint.save(path, {"model": weights, "ema": weights, "args": args, "class_names": NAMES, "step": 3})
-    return path
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import samplers
+from EqM import samplers
 
 
 def spring(x, t):

@@ -17,16 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import run_log
-import train as train_script
-from conftest import train_args
-from models import EqM_models
-from precision import FLAGS as PRECISIONS
-from precision import Precision
+from EqM import train as train_script
+from EqM.engine.precision import FLAGS as PRECISIONS
+from EqM.engine.precision import Precision
+from EqM.engine.trainer import Trainer
+from EqM.models import EqM_models
+from EqM.run import checkpoint
+from EqM.run import log as run_log
+from helpers import REPO, assert_same_checkpoint, leaves, train_args
 
 TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
-REPO = Path(checkpoint.__file__).parents[1]
 
 
 @pytest.fixture
@@ -41,20 +41,6 @@ def train(run_script, image_folder, tmp_path):
         return result
 
     return run
-
-
-def leaves(tree):
-    return torch.utils._pytree.tree_leaves_with_path(tree)
-
-
-def assert_same_checkpoint(one, other):
-    """Bit for bit, but for the args that differ on purpose."""
-    ours, theirs = (
-        {k: v for k, v in torch.load(p, weights_only=True).items() if k not in ("args", "meter")} for p in (one, other)
-    )
-    assert ours.keys() == theirs.keys()
-    for (path, a), (_, b) in zip(leaves(ours), leaves(theirs), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
 def rows(folder):
@@ -302,7 +288,7 @@ def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, na
 def test_a_step_whose_loss_is_infinite_changes_nothing_but_the_scale(name):
     args = train_script.parse_args(["--latents", "none", "--lr-schedule", "cosine", "--warmup-steps", "2"])
     model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
-    trainer = train_script.Trainer(args, model, Precision(name, torch.device("cpu"), "test", rounded=True), 10)
+    trainer = Trainer(args, model, Precision(name, torch.device("cpu"), "test", rounded=True), 10)
     good = (torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long))
     assert trainer.step(iter([good]))[2] == 1
 
@@ -326,7 +312,7 @@ def test_a_step_never_waits_for_the_gpu(name):
     words = "--latents none --max-grad-norm 1 --lr-schedule cosine --warmup-steps 2 --grad-accum-steps 2 --disp"
     args = train_script.parse_args(words.split())
     model = EqM_models["EqM-T/4"](input_size=8, num_classes=3).to(device)
-    trainer = train_script.Trainer(args, model, Precision(name, device, "test"), 10)
+    trainer = Trainer(args, model, Precision(name, device, "test"), 10)
     inputs = repeat((torch.randn(4, 4, 8, 8, device=device), torch.zeros(4, dtype=torch.long, device=device)))
     meter = run_log.Meter(device)
     trainer.step(inputs)  # the first allocates

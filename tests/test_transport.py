@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import transport
-from transport import LOSS_WEIGHTS, PATHS, PREDICTIONS, Transport, c, dispersive_loss
+from EqM import transport
+from EqM.transport import LOSS_WEIGHTS, PATHS, PREDICTIONS, Transport, c, dispersive_loss
 
 COMBINATIONS = list(itertools.product(PATHS, PREDICTIONS))
 MIDDLE = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)

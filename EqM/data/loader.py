@@ -1,0 +1,122 @@
+"""The stream of batches that training reads: which items, by which processes, and what is done about bad ones."""
+
+import signal
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from EqM.data.autoencoder import draw, to_pixels
+from EqM.run import seeds
+from EqM.run.errors import UserError, reason
+
+
+def micro_batch_size(args, ranks):
+    """Samples of one forward pass on one rank."""
+    size, left = divmod(args.global_batch_size, ranks.world_size * args.grad_accum_steps)
+    if left:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} does not divide into {ranks.world_size} rank(s) "
+            f"x {args.grad_accum_steps} accumulation step(s)"
+        )
+    return size
+
+
+def batches(args, dataset, autoencoder, ranks, first_step, tell):
+    """Endless micro-batches of this rank from a step on: latents FP32 (N, C, [T,] h, w) and labels (N,).
+
+    What is random about them comes from torch's generators at the moment a batch is asked for. tell: for bad files.
+    """
+    keys = Stream(
+        len(dataset), micro_batch_size(args, ranks), ranks.rank, ranks.world_size, args.global_seed,
+        first_batch=first_step * args.grad_accum_steps,
+    )  # fmt: skip
+    bad_files = BadFiles(dataset, args.max_bad_fraction, tell)
+    for items, labels, bad in read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
+        bad_files.note(bad)
+        items, labels = (part.to(ranks.device, non_blocking=True) for part in (items, labels))
+        yield draw(items) if args.latents else autoencoder.encode(to_pixels(items)), labels
+
+
+class BadFiles:
+    """Tells each file that does not decode once, and stops the run when there are too many.
+
+    limit: largest tolerated share of the data set.
+    """
+
+    def __init__(self, dataset, limit, tell):
+        self.dataset = dataset
+        self.limit = limit
+        self.tell = tell
+        self.seen = set()
+
+    def note(self, indices):
+        """indices: of one batch, -1 where the file was good. Raises UserError past the limit."""
+        for index in set(indices.tolist()) - self.seen - {-1}:
+            self.seen.add(index)
+            self.tell(f"{self.dataset.path(index)} does not decode; another file of its class stands in")
+        if len(self.seen) > max(1, self.limit * len(self.dataset)):
+            names = ", ".join(sorted(self.dataset.path(index) for index in self.seen)[:10])
+            raise UserError(
+                f"{len(self.seen)} of {len(self.dataset)} files do not decode, more than --max-bad-fraction "
+                f"{self.limit:g}: {names}{', ...' if len(self.seen) > 10 else ''}"
+            )
+
+
+class Stream(Sampler):
+    """Endless batches of (epoch, index) keys, epoch after epoch without a seam, from any batch on.
+
+    Batch b of all ranks together is the same whatever their number: ranks take consecutive parts of it.
+    """
+
+    def __init__(self, length, batch_size, rank, world_size, seed, first_batch=0):
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.batch = first_batch
+
+    def __iter__(self):
+        epoch, order = -1, None
+        while True:
+            first = (self.batch * self.world_size + self.rank) * self.batch_size
+            keys = []
+            for position in range(first, first + self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch))
+                keys.append((epoch, int(order[position % self.length])))
+            self.batch += 1
+            yield keys
+
+
+def read(dataset, stream, num_workers, pin_memory):
+    """Batches of (pixels uint8 (N, ...), labels (N,), bad file indices (N,)), without end.
+
+    Raises UserError with the cause if a worker dies or a class has no file that decodes.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_parent,
+        generator=torch.Generator(),  # else it draws its workers' seeds from the step's own numbers
+    )
+    try:
+        yield from loader
+    except ValueError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a data worker died ({reason(error)}); if memory ran out, use fewer --num-workers") from None
+
+
+def _leave_signals_to_parent(worker):
+    """Ctrl-C reaches workers too, and the trainer's own handlers are inherited: neither is theirs to act on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

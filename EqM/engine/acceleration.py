@@ -1,0 +1,96 @@
+"""What makes the network faster or smaller without changing its field, done from outside."""
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from EqM.run.errors import reason
+
+
+def add_flags(parser):
+    """--compile and --grad-checkpointing, on an argparse parser."""
+    add_compile(parser)
+    parser.add_argument(
+        "--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower"
+    )
+
+
+def add_compile(parser):
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks; the first step takes long")
+
+
+def apply(model, args, run_in, tell):
+    """Do what the flags ask for. args may lack grad_checkpointing (sampling). tell: where a fallback is said."""
+    checkpointing = getattr(args, "grad_checkpointing", False)
+    if args.compile:
+        compile_blocks(model, run_in, tell, checkpointing)
+    if checkpointing:
+        checkpoint_blocks(model, run_in)
+
+
+def compile_blocks(model, run_in, tell, checkpointing=False):
+    """Compile each block in place; state dict and eager copies of the model are not affected.
+
+    All blocks share one compiled graph, so a deep network compiles no longer than a shallow one.
+    """
+    obstacle = _obstacle(model, run_in, checkpointing)
+    if obstacle:
+        tell(f"--compile has no effect: {obstacle}")
+        return
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
+
+
+def _obstacle(model, run_in, checkpointing):
+    if model.ebm != "none":
+        return "an energy's field is differentiated twice, which compiled graphs cannot be"
+    if checkpointing and _has_modes(run_in):
+        return "on a CPU, 16-bit blocks that are recomputed cannot be compiled"
+    if run_in.rounded:
+        return "on this CPU 16-bit products are rounded by PyTorch's own hooks"
+    try:
+        torch.compile(torch.nn.functional.silu)(torch.zeros(2, device=run_in.device))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        return f"this machine cannot compile ({reason(error)})"
+    return None
+
+
+def checkpoint_blocks(model, run_in):
+    """Keep only each block's input in training, and run the block again in the backward pass, in its precision.
+
+    Compiled blocks stay compiled: PyTorch would not look into a checkpointed one.
+    """
+    settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
+    if _has_modes(run_in):
+        settings["context_fn"] = lambda: (nullcontext(), run_in.autocast())
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, **settings)
+
+
+@contextmanager
+def modulated_once(model):
+    """Within it, what time and label make of the network is computed at its first call and kept for all others.
+
+    For one descent: its labels stay, and EqM's field does not depend on time. The adaLN weights, a third of the
+    network's, are then read once a batch instead of at every step. A model that is conditioned on time is left alone.
+    """
+    kept = []
+
+    def modulations(t, y):
+        if not kept:
+            kept.extend(type(model).modulations(model, t, y))
+        return kept
+
+    if model.uncond:
+        model.modulations = modulations
+    try:
+        yield
+    finally:
+        vars(model).pop("modulations", None)
+
+
+def _has_modes(run_in):
+    """Whether autocast comes with modes of our own, which PyTorch's checkpoint does not restore as it does autocast."""
+    return run_in.device.type == "cpu" and run_in.name != "fp32"

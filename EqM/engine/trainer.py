@@ -1,0 +1,66 @@
+"""A training step, the same in every precision: autocast and the scaler do nothing where they are not needed."""
+
+from contextlib import nullcontext
+
+import torch
+
+from EqM.engine import optimizer as optim
+from EqM.engine.ema import EMA
+from EqM.engine.guard import StepGuard
+from EqM.transport import Transport, dispersive_loss
+
+
+class Trainer:
+    """A model with everything that changes it, and the step they make together, the same in every precision.
+
+    args: lr, ema_decay, max_grad_norm and the rest of what parse_args settles. model: on its device, in FP32.
+    run_in: the Precision. network: the model as it is called, which data_parallel may wrap.
+    """
+
+    def __init__(self, args, model, run_in, total_steps):
+        self.args = args
+        self.run_in = run_in
+        self.model = self.network = run_in.keep_islands(model.train())
+        self.ema = EMA(model, args.ema_decay)
+        self.optimizer = optim.adamw(model, args.lr)
+        self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
+        self.scaler = run_in.grad_scaler()
+        self.guard = StepGuard(run_in)
+        self.transport = Transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+
+    def parts(self):
+        """What a checkpoint keeps, by its key there."""
+        return {
+            "model": self.model, "ema": self.ema.model, "opt": self.optimizer, "scaler": self.scaler,
+            "schedule": self.schedule, "guard": self.guard,
+        }  # fmt: skip
+
+    def step(self, stream):
+        """Train on the next micro-batches of a stream of (latents, labels), without waiting for the device.
+
+        Returns (loss, gradient norm, applied), 0-dim tensors: applied is 1.0, or 0.0 if the step was skipped.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for left in reversed(range(self.args.grad_accum_steps)):
+            x1, y = next(stream)
+            point = self.transport.sample(x1)
+            with self.network.no_sync() if left and self.network is not self.model else nullcontext():
+                with self.run_in.autocast():  # 16-bit begins and ends here: losses are FP32
+                    output, acts = self.network(point.xt, point.t, y, return_act=True)
+                loss = self.transport.loss(output, point).mean()
+                if self.args.disp:
+                    loss = loss + 0.5 * dispersive_loss(acts[-1])
+                self.scaler.scale(loss / self.args.grad_accum_steps).backward()
+            losses.append(loss.detach())
+            del output, acts, loss  # else they would live through the next forward pass
+
+        self.scaler.unscale_(self.optimizer)  # before the norm, so that clipping sees gradients of the loss itself
+        grad_norm = optim.clip_gradients(self.model, self.args.max_grad_norm)
+        applied = self.guard.judge(grad_norm)
+        self.optimizer.found_inf = 1 - applied  # a fused optimizer skips inside its kernel, so nobody has to ask
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.advance(applied)
+        self.ema.update(applied)
+        return torch.stack(losses).mean(), grad_norm, applied

@@ -1,0 +1,1 @@
+"""Measuring tools, beside the product: `python -m EqM.measure.benchmark`. Nothing else imports them."""

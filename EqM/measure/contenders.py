@@ -1,0 +1,236 @@
+"""What benchmark.py compares: the work of this repo and of the usual recipe, each as something to call again and again.
+
+Inputs are random unless files are given, and the autoencoder is Stable Diffusion's in shape with random weights:
+nothing is downloaded.
+"""
+
+import argparse
+import tempfile
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from EqM import samplers, train
+from EqM.data import autoencoder as latents
+from EqM.data import files as data
+from EqM.data import latent_cache, loader, media
+from EqM.engine import acceleration, precision
+from EqM.engine.ema import EMA
+from EqM.engine.trainer import Trainer
+from EqM.models import EqM_models
+from EqM.run import distributed
+from EqM.transport import Transport
+
+PRECISIONS = (*precision.FLAGS, "fp32-ieee")  # the last: FP32 without TF32
+CHANNELS, FACTOR, CLASSES = 4, 8, 1000  # of Stable Diffusion's latents; of ImageNet
+SAMPLING_POINTS = 6
+FILES = 8  # made for the work `encoding`, and read again and again
+
+
+def resolve(name, device):
+    """The Precision of a contender; sets TF32 as it wants it."""
+    return precision.named(name.removesuffix("-ieee"), device, tf32=not name.endswith("-ieee"))
+
+
+def random_batch(args, device):
+    """Latents (N, C, [T,] h, w) and labels (N,)."""
+    frames = (args.clip_len,) if args.video else ()
+    side = args.image_size // FACTOR
+    x = torch.randn(args.batch_size, CHANNELS, *frames, side, side, device=device)
+    return x, torch.randint(CLASSES, (args.batch_size,), device=device)
+
+
+def random_pixels(args, device):
+    """Images or clips (N, 3, [T,] H, W)."""
+    frames = (args.clip_len,) if args.video else ()
+    return torch.rand(args.batch_size, 3, *frames, args.image_size, args.image_size, device=device) * 2 - 1
+
+
+def build(args, run_in):
+    """The network of a benchmark, made on its device: there that takes no time worth waiting for."""
+    side = args.image_size // FACTOR
+    size = (args.clip_len, side, side) if args.video else side
+    with run_in.device:
+        return EqM_models[args.model](input_size=size, num_classes=CLASSES)
+
+
+def stable_diffusion_vae(run_in):
+    """An autoencoder of Stable Diffusion's shape (83.7 M parameters) with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    widths = (128, 256, 512, 512)
+    network = AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        layers_per_block=2,
+        latent_channels=CHANNELS,
+        norm_num_groups=32,
+    )
+    return latents.VAE(network.to(run_in.device), run_in, latents.SD_SCALE)
+
+
+def train_args(args, source):
+    """train.py's own arguments, all else at its defaults. source: --latents or --data-path, and a folder."""
+    video = ["--video", "--clip-len", args.clip_len] if args.video else []
+    words = ["--model", args.model, "--image-size", args.image_size, "--num-workers", args.num_workers, *video]
+    words += ["--global-batch-size", args.batch_size, *source]
+    return train.parse_args([str(word) for word in words])
+
+
+class Training:
+    """A training step of train.py. inputs: endless (latents (N, C, [T,] h, w), labels (N,))."""
+
+    def __init__(self, args, run_in, inputs):
+        settled = train_args(args, ["--latents", "none"])
+        self.trainer = Trainer(settled, build(args, run_in), run_in, total_steps=1)
+        self.model = self.trainer.model
+        acceleration.apply(self.model, args, run_in, print)
+        self.inputs = inputs
+
+    def __call__(self):
+        return self.trainer.step(self.inputs)[0]
+
+
+def plain_autocast(run_in):
+    return torch.autocast(run_in.device.type, run_in.dtype, enabled=run_in.name != "fp32")
+
+
+class PlainTraining:
+    """The usual recipe: autocast round model and loss, default AdamW, an EMA by parameter, the loss read each step."""
+
+    def __init__(self, args, run_in, inputs):
+        self.run_in = run_in
+        self.model = build(args, run_in).train()
+        self.ema = EMA(self.model).model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0)
+        self.scaler = run_in.grad_scaler()
+        self.transport = Transport()
+        self.inputs = inputs
+
+    def __call__(self):
+        x1, y = next(self.inputs)
+        point = self.transport.sample(x1)
+        with plain_autocast(self.run_in):
+            output = self.model(point.xt, point.t, y)
+            loss = self.transport.loss(output, point).mean()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            for ours, theirs in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                ours.mul_(0.9999).add_(theirs, alpha=1 - 0.9999)
+        return loss.item()
+
+
+class Sampling:
+    """Guided gradient descent, SAMPLING_POINTS - 1 updates, as sample_gd.py does it."""
+
+    def __init__(self, args, run_in):
+        self.model = build(args, run_in).eval().requires_grad_(False)
+        self.autocast = run_in.autocast
+        self.x, self.y = random_batch(args, run_in.device)
+        self.prepare(args, run_in)
+
+    def prepare(self, args, run_in):
+        run_in.cast_weights(run_in.keep_islands(self.model))
+        acceleration.apply(self.model, argparse.Namespace(compile=args.compile), run_in, print)
+
+    def field(self, x, t, y):
+        with self.autocast():
+            return self.model(x, t, y)
+
+    @torch.no_grad()
+    def descend(self):
+        guided = samplers.guided(self.field, self.y, 1.5, CLASSES)
+        return samplers.descend(guided, self.x, SAMPLING_POINTS, 0.0017)
+
+    def __call__(self):
+        with acceleration.modulated_once(self.model):
+            return self.descend()
+
+
+class PlainSampling(Sampling):
+    """The same descent under plain autocast, which casts every weight at every call."""
+
+    def prepare(self, args, run_in):
+        self.autocast = lambda: plain_autocast(run_in)
+
+    def __call__(self):
+        return self.descend()
+
+
+class Encoding:
+    """Posterior moments of a batch of pixels."""
+
+    def __init__(self, args, run_in):
+        self.vae = stable_diffusion_vae(run_in)
+        self.pixels = random_pixels(args, run_in.device)
+
+    def __call__(self):
+        return self.vae.posterior(self.pixels)
+
+
+def from_batch(args, run_in):
+    """Endless inputs of training: the same latents and labels, already on the device."""
+    return repeat(random_batch(args, run_in.device))
+
+
+def from_cache(args, run_in):
+    """Endless inputs of training from a latent cache on disk, through train.py's own loader."""
+    x, labels = random_batch(args, torch.device("cpu"))
+    moments = torch.stack([x, 0.1 * x.abs()], dim=1).unsqueeze(1).expand(-1, 2, *[-1] * x.ndim)  # mirrored too
+    with tempfile.TemporaryDirectory() as folder:
+        settled = train_args(args, ["--latents", folder])
+        names = [str(i) for i in range(CLASSES)]
+        meta = {name: getattr(settled, name) for name in latent_cache.KEY} | {"class_names": names}
+        latent_cache.create(folder, meta, labels, moments.shape[1:])
+        writer = latent_cache.Writer(Path(folder))
+        writer.write(np.arange(len(x)), moments)
+        writer.flush()
+        dataset = latent_cache.LatentCache(folder, settled)
+        yield from loader.batches(settled, dataset, None, distributed.Ranks(0, 1, run_in.device), 0, print)
+
+
+def from_files(args, run_in):
+    """Endless inputs of training from files, encoded on the way, through train.py's own loader."""
+    vae = stable_diffusion_vae(run_in)
+    with tempfile.TemporaryDirectory() as folder:
+        settled = train_args(args, ["--data-path", args.data_path or make_files(args, Path(folder))])
+        dataset = data.open_files(settled, settled.flip)
+        yield from loader.batches(settled, dataset, vae, distributed.Ranks(0, 1, run_in.device), 0, print)
+
+
+def make_files(args, root):
+    """FILES clips as UCF-101's (320 x 240, 180 frames), or images as ImageNet's (500 x 375), in one class folder."""
+    folder = root / "class"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    side = 16 if args.video else 25
+    for i in range(FILES):
+        scene = np.kron(rng.integers(0, 256, (15, 20, 3), np.uint8), np.ones((side, side, 1), np.uint8))
+        if args.video:
+            media.save_sample(folder / f"{i}.mp4", np.stack([np.roll(scene, t, axis=1) for t in range(180)]), fps=25)
+        else:
+            media.save_sample(folder / f"{i}.png", scene[None], fps=1)
+    return root
+
+
+OURS = {
+    "train": lambda args, run_in: Training(args, run_in, from_batch(args, run_in)),
+    "sample": Sampling,
+    "encode": Encoding,
+    "encoding": lambda args, run_in: Training(args, run_in, from_files(args, run_in)),
+    "cached": lambda args, run_in: Training(args, run_in, from_cache(args, run_in)),
+}
+PLAIN = {  # the usual recipe has no cache, and its autoencoder is FP32
+    "train": lambda args, run_in: PlainTraining(args, run_in, from_batch(args, run_in)),
+    "sample": PlainSampling,
+    "encode": lambda args, run_in: Encoding(args, precision.fp32(run_in.device)),
+    "encoding": lambda args, run_in: PlainTraining(args, run_in, from_files(args, precision.fp32(run_in.device))),
+}
+RECIPES = {"ours": OURS, "plain": PLAIN}

@@ -1,0 +1,185 @@
+"""What a run tells: log.txt, metrics.csv, loss.png, and trackers when asked for. Only the main rank writes."""
+
+import csv
+import resource
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from EqM.run import distributed
+from EqM.run.errors import UserError, reason
+
+
+def new_run_folder(args):
+    """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path."""
+    root = Path(args.results_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [int(entry.name.split("-")[0]) for entry in root.iterdir() if entry.name.split("-")[0].isdigit()]
+        kind = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
+        name = f"{max(taken, default=-1) + 1:03d}-{kind}"
+        (root / name / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--results-dir {root} cannot be written: {error.strerror}") from None
+    return root / name
+
+
+class RunLog:
+    """Lines to the terminal and log.txt, figures of each logged step to metrics.csv, loss.png and trackers.
+
+    folder: the run's; None keeps silent (ranks other than the main one). args: the run's, for the trackers
+    that args.wandb and args.tensorboard ask for.
+    """
+
+    def __init__(self, folder, args):
+        self.folder = folder
+        self.trackers = []
+        if folder is not None:
+            self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            if args.wandb:
+                self.trackers.append(_wandb(folder, args))
+            if args.tensorboard:
+                self.trackers.append(_tensorboard(folder))
+
+    def info(self, message):
+        if self.folder is None:
+            return
+        line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}"
+        tqdm.write(line)
+        self._text.write(line + "\n")
+
+    def step(self, step, figures):
+        """Log figures, a dict in order of which "Train Loss" and "Train Steps/Sec" come first."""
+        if self.folder is None:
+            return
+        fields = ", ".join(f"{name}: {_format(name, value)}" for name, value in figures.items())
+        self.info(f"(step={step:07d}) {fields}")
+        self._row({"step": step, **figures})
+        for track in self.trackers:
+            track(figures, step)
+
+    def draw(self):
+        """Draw loss.png anew from metrics.csv: loss and gradient norm by step."""
+        if self.folder is None or not self._metrics.exists():
+            return
+        from matplotlib.figure import Figure  # takes a second to import
+
+        with open(self._metrics, newline="", encoding="utf-8") as file:
+            whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill may cut the last one
+            rows = {int(row["step"]): row for row in whole}  # a resumed run may say a step again
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        for axes, name in zip(figure.subplots(2, 1, sharex=True), ("Train Loss", "Grad Norm"), strict=True):
+            axes.plot(sorted(rows), [float(rows[step][name]) for step in sorted(rows)], linewidth=1)
+            axes.set(ylabel=name, yscale="log")
+            axes.grid(alpha=0.3)
+        axes.set_xlabel("step")
+        figure.savefig(self.folder / "loss.png", dpi=120)
+
+    @property
+    def _metrics(self):
+        return self.folder / "metrics.csv"
+
+    def _row(self, row):
+        new = not self._metrics.exists()
+        with open(self._metrics, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def _format(name, value):
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.2f}" if "/Sec" in name or "GiB" in name else f"{value:.4f}"
+
+
+def _wandb(folder, args):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb package: pip install wandb") from None
+    try:
+        wandb.init(project="EqM", name=folder.name, dir=str(folder), config=vars(args))
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"--wandb cannot start: {reason(error)} `wandb login` once, or `wandb offline` to keep figures here"
+        ) from None
+    return wandb.log
+
+
+def _tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
+    writer = SummaryWriter(folder)
+
+    def track(figures, step):
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def peak_memory(device):
+    """Most memory in use so far, in GiB: of the GPU by PyTorch, on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class Clock:
+    """Steps per second since the last question."""
+
+    def __init__(self):
+        self.since, self.steps = time.perf_counter(), 0
+
+    def tick(self):
+        self.steps += 1
+
+    def rate(self):
+        now = time.perf_counter()
+        rate = self.steps / (now - self.since)
+        self.since, self.steps = now, 0
+        return rate
+
+
+class Meter:
+    """Running means of figures that live on the device; the host waits for them only when it asks."""
+
+    def __init__(self, device):
+        self.device = device
+        self.sums, self.counts = {}, {}
+
+    @torch.no_grad()
+    def add(self, name, value, weight=1.0):
+        """Take in a 0-dim tensor. weight: 0-dim tensor or float; a value of weight 0 may be inf or NaN."""
+        zero = torch.zeros((), device=self.device)
+        self.sums[name] = self.sums.get(name, zero) + torch.where(weight > zero, value.detach() * weight, zero)
+        self.counts[name] = self.counts.get(name, zero) + weight
+
+    def _stacked(self):
+        return torch.stack([*self.sums.values(), *self.counts.values()])
+
+    def state_dict(self):
+        """What has come in on every rank since the last means(). Every rank must call it."""
+        return {"names": list(self.sums), "ranks": distributed.gather(self._stacked()) if self.sums else []}
+
+    def load_state_dict(self, state, rank):
+        """Take up where this rank was; from another number of ranks, or between log lines, start empty."""
+        if rank < len(state["ranks"]):
+            sums, counts = state["ranks"][rank].to(self.device).view(2, -1).unbind()
+            self.sums = dict(zip(state["names"], sums.unbind(), strict=True))
+            self.counts = dict(zip(state["names"], counts.unbind(), strict=True))
+
+    def means(self):
+        """Means over steps and ranks since the last call, as floats; nan where nothing came in."""
+        sums, counts = distributed.mean(self._stacked()).view(2, -1).tolist()
+        names = list(self.sums)
+        self.sums, self.counts = {}, {}
+        return {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}

@@ -1,0 +1,72 @@
+"""What several tests use: the smallest runs, files and checkpoints, and how two of them are compared."""
+
+import importlib.util
+import signal
+from pathlib import Path
+
+import av
+import torch
+
+from EqM.models import EqM_models
+from EqM.run import checkpoint
+
+REPO = Path(__file__).resolve().parents[1]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # train.py installs handlers for these
+
+
+def write_clip(path, frames, codec="libx264", rate=10, options=None, pix_fmt="yuv420p"):
+    """Encode uint8 frames (T, H, W, 3); the path's suffix names the container."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def train_args(data_path, results_dir, *more):
+    """Command line of the smallest training run: images as pixels, two steps, on the CPU."""
+    words = "--vae none --image-size 8 --model EqM-T/4 --global-batch-size 4 --max-steps 2 --num-workers 0 --device cpu"
+    return ["--data-path", str(data_path), "--results-dir", str(results_dir), *words.split(), *map(str, more)]
+
+
+def load_script(name):
+    """The module of a command or tool that people call by this name."""
+    for module in (f"EqM.{name}", f"EqM.measure.{name}", name):
+        if importlib.util.find_spec(module):
+            return importlib.import_module(module)
+    raise AssertionError(f"there is no script {name}")
+
+
+NAMES = ["cat", "dog", "owl"]
+IMAGE_ARGS = {
+    "model": "EqM-T/4", "image_size": 8, "num_classes": 3, "vae": "none", "uncond": True, "ebm": "none", "video": False,
+}  # fmt: skip
+CLIP_ARGS = {**IMAGE_ARGS, "video": True, "clip_len": 4}
+
+
+def save_checkpoint(path, args, seed=0):
+    """A random network, saved as train.py would."""
+    torch.manual_seed(seed)
+    size = (4, 8, 8) if args.get("video") else 8
+    model = EqM_models["EqM-T/4"](input_size=size, num_classes=3, in_channels=3, ebm=args["ebm"])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05) if parameter.requires_grad else None
+    weights = model.state_dict()
+    checkpoint.save(path, {"model": weights, "ema": weights, "args": args, "class_names": NAMES, "step": 3})
+    return path
+
+
+def leaves(tree):
+    return torch.utils._pytree.tree_leaves_with_path(tree)
+
+
+def assert_same_checkpoint(one, other):
+    """Bit for bit, but for the args that differ on purpose."""
+    ours, theirs = (
+        {k: v for k, v in torch.load(p, weights_only=True).items() if k not in ("args", "meter")} for p in (one, other)
+    )
+    assert ours.keys() == theirs.keys()
+    for (path, a), (_, b) in zip(leaves(ours), leaves(theirs), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
