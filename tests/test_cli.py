@@ -281,8 +281,7 @@ ranks = distributed.setup("cpu")
 run_in = precision.Precision("fp16", ranks.device, "test", rounded=True)
 torch.manual_seed(0)
 model = EqM_models["EqM-T/4"](input_size=8, num_classes=2)
-trainer = Trainer(train.parse_args(["--latents", "none", "--lr", "1e-2"]), model, run_in, 2)
-trainer.network = distributed.data_parallel(model, ranks)
+trainer = Trainer(train.parse_args(["--latents", "none", "--lr", "1e-2"]), model, run_in, 2, ranks)
 def weights():
     return torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item()
 start, seen = weights(), []

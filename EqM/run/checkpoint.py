@@ -121,6 +121,14 @@ def newest(results_dir, same_run):
     return None
 
 
+def newest_of(folder):
+    """Path of the newest checkpoint in a run folder, or in its folder of checkpoints. Raises UserError if none is."""
+    found = sorted(path for place in ("checkpoints", ".") for path in Path(folder, place).glob("[0-9]*.pt"))
+    if not found:
+        raise UserError(f"{folder} holds no checkpoint; give a run folder or a file")
+    return max(found, key=lambda path: path.name)
+
+
 def prune(folder, keep):
     """Remove all but the newest `keep` checkpoints of a run."""
     for path in sorted(Path(folder).glob("[0-9]*.pt"))[:-keep]:
