@@ -1,6 +1,5 @@
 """train.py as its command line runs it, on images as pixels: what it writes, resumes, survives and refuses."""
 
-import copy
 import csv
 import os
 import re
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from EqM import train as train_script
 from EqM.engine.precision import FLAGS as PRECISIONS
-from EqM.engine.precision import Precision
-from EqM.engine.trainer import Trainer
 from EqM.models import EqM_models
 from EqM.run import checkpoint
-from EqM.run import log as run_log
 from helpers import REPO, assert_same_checkpoint, leaves, train_args
 
 TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
@@ -282,44 +276,3 @@ def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, na
     assert [path.name for path in sheets] == ["0000002.png", "0000004.png"]
     first, second = (np.asarray(Image.open(path)) for path in sheets)
     assert first.shape == second.shape and not np.array_equal(first, second)
-
-
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_a_step_whose_loss_is_infinite_changes_nothing_but_the_scale(name):
-    args = train_script.parse_args(["--latents", "none", "--lr-schedule", "cosine", "--warmup-steps", "2"])
-    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
-    trainer = Trainer(args, model, Precision(name, torch.device("cpu"), "test", rounded=True), 10)
-    good = (torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long))
-    assert trainer.step(iter([good]))[2] == 1
-
-    def state():
-        parts = {key: part.state_dict() for key, part in trainer.parts().items() if key not in ("scaler", "guard")}
-        return copy.deepcopy(parts)
-
-    before, scale = state(), trainer.scaler.get_scale()
-    assert trainer.step(iter([(good[0] * torch.inf, good[1])]))[2] == 0
-    for (path, a), (_, b) in zip(leaves(before), leaves(state()), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
-    assert trainer.scaler.get_scale() == (scale / 2 if name == "fp16" else scale)
-    assert trainer.step(iter([good]))[2] == 1 and trainer.guard.skipped == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_a_step_never_waits_for_the_gpu(name):
-    device = torch.device("cuda")
-    words = "--latents none --max-grad-norm 1 --lr-schedule cosine --warmup-steps 2 --grad-accum-steps 2 --disp"
-    args = train_script.parse_args(words.split())
-    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3).to(device)
-    trainer = Trainer(args, model, Precision(name, device, "test"), 10)
-    inputs = repeat((torch.randn(4, 4, 8, 8, device=device), torch.zeros(4, dtype=torch.long, device=device)))
-    meter = run_log.Meter(device)
-    trainer.step(inputs)  # the first allocates
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss, _, applied = trainer.step(inputs)
-        meter.add("loss", loss, applied)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert meter.means()["loss"] > 0
