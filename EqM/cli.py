@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from EqM.data import autoencoder as latents
 from EqM.models import EBM_KINDS, EqM_models
+from EqM.run import checkpoint
 from EqM.run.errors import UserError
 from EqM.samplers import SAMPLERS
 from EqM.transport import PATHS, PREDICTIONS
@@ -28,6 +29,15 @@ MODEL_DEFAULTS = {
     "prediction": "velocity",
 }
 
+
+# What these may be in a checkpoint, which is a file from anywhere.
+MODEL_KINDS = {name: type(default) for name, default in MODEL_DEFAULTS.items() if default is not None} | {
+    "model": EqM_models,
+    "ebm": EBM_KINDS,
+    "patch_frames": int,
+    "path_type": PATHS,
+    "prediction": PREDICTIONS,
+}
 
 LEFT_OUT = " (left out: as in the checkpoint)"
 
@@ -178,8 +188,10 @@ def add_sampler(parser):
 def settle(args, trained_with):
     """Fill in what the flags left open from the args a checkpoint was trained with, else the published defaults.
 
-    Raises UserError if a flag contradicts the checkpoint. Another autoencoder does not: the same one may lie elsewhere.
+    Raises UserError if those args make no sense, or a flag contradicts them. Another autoencoder does not: the same
+    one may lie elsewhere.
     """
+    checkpoint.check_args(trained_with, MODEL_KINDS)
     for name, default in MODEL_DEFAULTS.items():
         given, trained = getattr(args, name), trained_with.get(name)
         agree = given == trained or (name == "vae" and "none" not in (given, trained))

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from EqM.run import distributed
-from EqM.run.errors import UserError, reason
+from EqM.run.errors import UserError, printable, reason
 
 
 def new_run_folder(args):
@@ -79,7 +79,7 @@ class RunLog:
     def info(self, message):
         if self.folder is None:
             return
-        line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}"
+        line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {printable(message)}"
         tqdm.write(line)
         self._text.write(line + "\n")
 

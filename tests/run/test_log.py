@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import sys
 import threading
@@ -59,6 +60,11 @@ def test_the_log_line_keeps_its_published_form(tmp_path):
     log.step(100, {"Train Loss": 0.12341, "Train Steps/Sec": 1.2345, "Samples": 25600})
     line = re.sub(r"^\[.+?\] ", "", (tmp_path / "log.txt").read_text())
     assert line == "(step=0000100) Train Loss: 0.1234, Train Steps/Sec: 1.23, Samples: 25600\n"
+
+
+def test_a_name_that_is_not_utf_8_can_be_logged(tmp_path):
+    run_log.RunLog(tmp_path, args(tmp_path)).info(f"Going on from {os.fsdecode(b'caf' + bytes([0xE9]))}")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("Going on from caf\\udce9\n")
 
 
 def test_metrics_have_one_header_and_a_row_a_log_also_across_runs(tmp_path):
