@@ -239,6 +239,11 @@ def _is_meter(value):
     return named and all(_is_real(figures) and figures.shape == (2 * len(names),) for figures in ranks)
 
 
+def _is_data(value):
+    named = isinstance(value, dict) and value.keys() == {"items", "digest"}
+    return named and _is_whole(value["items"]) and isinstance(value["digest"], str)
+
+
 def _are_words(value):
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
@@ -249,7 +254,7 @@ PARTS = {
     "world_size": (_is_whole, "a whole number"),
     "precision": (lambda value: isinstance(value, str), "a name"),
     "class_names": (_are_words, "a list of names"),
-    "data": (lambda value: isinstance(value, dict), "names with values"),
+    "data": (_is_data, "a count and a digest"),
     "scaler": (_is_scaler, "what a GradScaler saves"),
     "schedule": (_are_counts("taken"), "a count of steps"),
     "guard": (_are_counts("skipped", "streak"), "counts of steps"),

@@ -158,3 +158,12 @@ def data_parallel(model, ranks):
         return model
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def all_agree(ok):
+    """Whether ok holds on every rank. Every rank must call it."""
+    if not dist.is_initialized():
+        return ok
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, ok)
+    return all(answers)

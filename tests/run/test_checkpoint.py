@@ -254,7 +254,7 @@ ODD_PARTS = {
     "class_names": ["cat", [1], {"cat": 0}],
     "precision": [5],
     "world_size": ["two"],
-    "data": ["d"],
+    "data": ["d", {}, {"items": "5", "digest": ""}],
     "scaler": [5, {"scale": 1.0}, {"scale": "big"}, [1]],
     "schedule": [5, {}, {"taken": 3}, {"taken": torch.zeros(2)}, {"taken": torch.tensor(torch.nan)}],
     "guard": [[], {"skipped": torch.zeros(())}, {"skipped": torch.zeros(()), "streak": torch.tensor(1j)}],
