@@ -1,8 +1,10 @@
 """Which network a set of flags or a checkpoint describes, and building it."""
 
 from EqM.data import autoencoder
-from EqM.models import EqM, EqM_models
+from EqM.models import EBM_KINDS, EqM, EqM_models
+from EqM.run import checkpoint
 from EqM.run.errors import UserError
+from EqM.transport import PATHS, PREDICTIONS
 
 # What a checkpoint's own args settle when it is used again; the values are the published defaults.
 MODEL_DEFAULTS = {
@@ -19,12 +21,23 @@ MODEL_DEFAULTS = {
     "prediction": "velocity",
 }
 
+# What these may be in a checkpoint, which is a file from anywhere.
+MODEL_KINDS = {name: type(default) for name, default in MODEL_DEFAULTS.items() if default is not None} | {
+    "model": EqM_models,
+    "ebm": EBM_KINDS,
+    "patch_frames": int,
+    "path_type": PATHS,
+    "prediction": PREDICTIONS,
+}
+
 
 def follow_checkpoint(args, trained_with):
     """Fill in what the flags left open from the args a checkpoint was trained with, else the published defaults.
 
-    Raises UserError if a flag contradicts the checkpoint. Another autoencoder does not: the same one may lie elsewhere.
+    Raises UserError if those args make no sense, or a flag contradicts them. Another autoencoder does not: the same
+    one may lie elsewhere.
     """
+    checkpoint.check_args(trained_with, MODEL_KINDS)
     for name, default in MODEL_DEFAULTS.items():
         given, trained = getattr(args, name), trained_with.get(name)
         agree = given == trained or (name == "vae" and "none" not in (given, trained))

@@ -30,6 +30,7 @@ from EqM.run.errors import UserError
 from EqM.transport import Transport
 
 SHOWN = 8  # class names in a message
+LABEL = 1  # names the draw of a sample's label, beside that of its noise
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class EqMPipeline:
         Raises UserError for a class that does not exist.
         """
         if classes is None:
-            return [seeds.mix(seed, i, 1) % self.model.num_classes for i in indices]
+            return [seeds.sample_seed(seed, i, LABEL) % self.model.num_classes for i in indices]
         wanted = [self._label(name) for name in classes]
         return [wanted[i % len(wanted)] for i in indices]
 
@@ -142,7 +143,7 @@ class EqMPipeline:
 
     def noise(self, indices: Iterable[int], seed: int = 0) -> Tensor:
         """Where the samples of these numbers start, (N, C, [T,] h, w): a function of seed and number alone."""
-        drawn = [torch.randn(self.model.input_shape, generator=seeds.generator(seed, i)) for i in indices]
+        drawn = [torch.randn(self.model.input_shape, generator=seeds.sample_generator(seed, i)) for i in indices]
         return torch.stack(drawn).to(self.device)
 
     def field(self, x: Tensor, labels: Sequence[str | int] | Tensor, t: Tensor | None = None) -> Tensor:

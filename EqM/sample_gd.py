@@ -30,6 +30,7 @@ from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError, reason
 
 SHEET_SIZE = 64  # samples on the contact sheet
+NOISE = 2  # raised when the samples of a seed change; 1 until version 0.1
 WRITERS = 4  # threads that encode and write files
 
 
@@ -66,7 +67,7 @@ def recipe(args, ema, run_in):
         "sample_eps", "classes", "global_seed", "vae_precision", "fps",
     )  # fmt: skip
     told = {name: getattr(args, name) for name in names}
-    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, **told}
+    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, "noise": NOISE, **told}
 
 
 def open_folder(folder, files, made_by, resume):

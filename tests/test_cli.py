@@ -161,6 +161,27 @@ def test_a_flag_that_is_missing_is_one_line(run_script):
         assert flag in result.err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "EqM-Q/3"),
+        ("model", 5),
+        ("ebm", "cubed"),
+        ("image_size", "8"),
+        ("video", "no"),
+        ("path_type", "Square"),
+    ],
+)
+def test_a_checkpoint_whose_args_make_no_sense_is_one_line(run_script, tmp_path, name, value):
+    path = save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS)
+    content = checkpoint.load(path)
+    content["args"][name] = value
+    checkpoint.save(path, content)
+    result = run_script("sample_gd", "--ckpt", path, "--folder", tmp_path / "out", "--device", "cpu")
+    assert result.code == 2 and f"the checkpoint's {name} is {value!r}" in result.err
+    assert "Traceback" not in result.err and not (tmp_path / "out").exists()
+
+
 def test_only_one_rank_tells_a_bad_argument(run_script, base, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     result = run_script("train", *base["train"], "--lr", "x")

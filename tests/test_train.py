@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,8 +119,55 @@ def test_auto_resume_starts_goes_on_and_then_has_nothing_to_do(train):
     assert first.folder == second.folder == third.folder
     assert "steps 2 to 3" in second.out and "steps 3 to 3" in third.out
     assert third.code == 0 and len(third.checkpoints) == 2
-    other = train(*flags, "--lr", 5e-4)
-    assert other.folder != first.folder, "another configuration is another run"
+    too_few = train(*flags)
+    assert too_few.code == 2 and "is at step 3 already, and this run would end at 2" in too_few.err
+    smaller = train(*flags, "--max-steps", 4, "--lr", 5e-5)
+    assert smaller.folder == first.folder and "not exactly as without a stop: lr 0.0001 -> 5e-05" in smaller.out
+    other = train(*flags, "--global-seed", 1)
+    assert (
+        other.folder != first.folder and "000-EqM-T-4-Linear-velocity-None is another run: global_seed 0" in other.out
+    )
+
+
+@pytest.mark.parametrize("spelled", ["data/", "./data", "absolute", "--num-classes"])
+def test_the_same_data_written_another_way_is_the_same_run(train, image_folder, tmp_path, monkeypatch, spelled):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(image_folder)
+    flags = ["--auto-resume", "--epochs", 50]
+    first = train(*flags, data="data")
+    more = ["--num-classes", 2] if spelled == "--num-classes" else []
+    place = {"absolute": tmp_path / "data", "--num-classes": "data"}.get(spelled, spelled)
+    second = train(*flags, *more, "--max-steps", 3, data=place)
+    assert second.code == 0 and second.folder == first.folder and ", exactly" in second.out
+
+
+def test_data_that_changed_is_named_and_classes_that_changed_are_refused(train, image_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    first = train("--epochs", 50, data=data)
+    resume = ["--epochs", 50, "--max-steps", 3, "--ckpt", first.checkpoints[0]]
+    assert ", exactly" in train(*resume, data=data, root="same").out
+    (data / "cat" / "2.png").unlink()
+    assert "data 6 -> 5 items" in train(*resume, data=data, root="fewer").out
+    (data / "cat").rename(data / "owl")  # so that what was label 0 is label 1
+    refused = train(*resume, data=data, root="renamed")
+    assert refused.code == 2 and "'cat' gone and 'owl' new" in refused.err and not (tmp_path / "renamed").exists()
+    allowed = train(*resume, "--allow-other-classes", data=data, root="renamed")
+    assert allowed.code == 0 and "class_names: other classes" in allowed.out
+
+
+def test_a_run_folder_has_one_writer(train, image_folder, tmp_path):
+    process = start(image_folder, tmp_path / "runs", *LONG, "--ckpt-every", 1, "--auto-resume", until="Saved")
+    try:
+        second = train(*LONG, "--auto-resume")
+        assert second.code == 2 and "is being written by another process" in second.err
+    finally:
+        process.kill()
+        process.communicate()
+    flags = ["--auto-resume", "--epochs", 10**6, "--log-every", 1, "--max-steps", 100_000]
+    again = start(image_folder, tmp_path / "runs", *flags, until="Going on from")
+    again.kill()
+    again.communicate()
 
 
 def test_latest_without_a_checkpoint_is_told(train):

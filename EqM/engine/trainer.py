@@ -79,7 +79,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)  # before the norm, so that clipping sees gradients of the loss itself
         grad_norm = optim.clip_gradients(self.model, self.args.max_grad_norm)
         applied = self.guard.judge(grad_norm)
-        self.optimizer.found_inf = 1 - applied  # a fused optimizer skips inside its kernel, so nobody has to ask
+        self.guard.tell(applied, self.optimizer, self.scaler)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.advance(applied)

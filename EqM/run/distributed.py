@@ -95,8 +95,11 @@ def gather(tensor):
     return [part.cpu() for part in parts]
 
 
-def on_main(ranks, function):
-    """What a function returns on the main rank, on every rank; a UserError there stops them all."""
+def on_main(ranks, function, share=True):
+    """What a function returns on the main rank, on every rank; a UserError there stops them all.
+
+    share: without it, the other ranks get None.
+    """
     result = error = None
     if ranks.is_main:
         try:
@@ -104,9 +107,10 @@ def on_main(ranks, function):
         except UserError as raised:
             error = raised
     if dist.is_initialized():
-        box = [result, error is not None]
+        box = [result if share else None, error is not None]
         dist.broadcast_object_list(box)
-        result, failed = box
+        shared, failed = box
+        result = shared if share else result
         if failed and not ranks.is_main:
             raise SystemExit(2)  # the main rank says why
     if error is not None:
@@ -157,3 +161,12 @@ class StopRequest:
         self._flag = torch.tensor(int(self.asked))
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
+
+
+def all_agree(ok):
+    """Whether ok holds on every rank. Every rank must call it."""
+    if not dist.is_initialized():
+        return ok
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, ok)
+    return all(answers)
