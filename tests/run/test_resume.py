@@ -45,7 +45,8 @@ CHANGES = {
     "lr": 5e-5, "ema_decay": 0.99, "max_grad_norm": 1.0, "lr_schedule": "cosine", "warmup_steps": 5, "flip": False,
     "disp": True, "prediction": "noise", "path_type": "VP", "loss_weight": "velocity", "train_eps": 0.01, "ebm": "dot",
     "uncond": False, "vae": "ema", "vae_precision": "fp32", "compile": True, "frame_interval": 3,
-    "global_batch_size": 8, "grad_accum_steps": 2, "global_seed": 5, "model": "EqM-S/4", "image_size": 16, "num_classes": 4,
+    "global_batch_size": 8, "grad_accum_steps": 2, "global_seed": 5, "model": "EqM-S/4", "image_size": 16,
+    "num_classes": 4,
 }  # fmt: skip
 
 
