@@ -46,6 +46,7 @@ def same_path(a, b):
 def data_digest(names, labels, paths=None):
     """{"items", "digest"} of a data set, in its order: names (texts or bytes, relative to its folder) and labels.
 
+    A cache that describes itself is as well told by its description as the only name.
     paths: of the files, to take their sizes in too: of all up to 20,000, else of every k-th, so that 1.3 million files
     on a network do not take minutes. Another size between those goes unseen; another name or label never does.
     """
@@ -57,7 +58,7 @@ def data_digest(names, labels, paths=None):
     if paths is not None:
         every = math.ceil(len(paths) / STATS) or 1
         digest.update(np.asarray([_size(path) for path in paths[::every]], np.int64).tobytes())
-    return {"items": len(names), "digest": digest.hexdigest()}
+    return {"items": len(labels), "digest": digest.hexdigest()}
 
 
 def _size(path):
@@ -231,31 +232,24 @@ def load_on_all(path, load, all_agree):
     raise SystemExit(2)  # the rank that cannot read it says why
 
 
-class RunLock:
-    """Holds a run folder for this process, until `release` or the process ends in any way."""
-
-    def __init__(self, file):
-        self._file = file
-
-    def release(self):
-        self._file.close()
+_held = {}  # by real path, the open files that are this process's locks
 
 
 def lock_run(folder):
-    """A RunLock on a run folder; UserError if another process has it. For the main rank alone.
+    """Keep a run folder to this process until it ends in any way; UserError if another one has it. For the main rank.
 
     The lock is the record kind of POSIX, not flock: data workers, which outlive a killed trainer for seconds, do not
-    inherit it, and it works on NFS. It ends as soon as its process closes the file, so take it once. Without fcntl
-    nothing is locked.
+    inherit it, and it works on NFS. Without fcntl nothing is locked.
     """
-    path = Path(folder) / "run.lock"
+    path = Path(os.path.realpath(folder)) / "run.lock"
+    if path in _held or fcntl is None:
+        return
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, held as long as the run
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, for closing it would end the lock
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # both mean that it is held
         file.seek(0)
         holder = file.read(200).strip()
@@ -265,9 +259,9 @@ def lock_run(folder):
             f"wait until it ends, or give another --results-dir"
         ) from None
     except OSError:  # a file system without locks
-        pass
-    else:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-    return RunLock(file)
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _held[path] = file

@@ -218,7 +218,7 @@ def test_a_rank_that_cannot_read_a_checkpoint_ends_all():
 HOLDER = """
 import os, sys, time
 from EqM.run import resume
-lock = resume.lock_run(sys.argv[1])
+resume.lock_run(sys.argv[1])
 if os.fork() == 0:  # a data worker, which outlives a killed trainer
     time.sleep(20)
 print("held", flush=True)
@@ -238,7 +238,8 @@ def test_a_run_folder_has_one_process_and_a_killed_one_leaves_no_lock(tmp_path):
             resume.lock_run(tmp_path)
         holder.kill()
         holder.wait()
-        resume.lock_run(tmp_path).release()
+        resume.lock_run(tmp_path)
+        resume.lock_run(tmp_path / ".")  # once more is no harm
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="run.lock cannot be written: No such"):
