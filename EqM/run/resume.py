@@ -93,6 +93,7 @@ def what_changed(saved, args, now, data=None):
     theirs = saved["args"]
     changed = [_arrow(name, saved, now) for name in ("precision", "world_size") if saved.get(name) != now[name]]
     changed += [_arrow(n, saved, now) for n in ("torch", "device") if n in saved and n in now and saved[n] != now[n]]
+    changed += [f"{part} missing -> as at the start" for part in _parts(now) if part not in saved]
     if "stand_in" in saved:
         changed.append(f"{saved['stand_in']} missing -> a copy of the other weights")
     same_data = _same_data(saved, data)
@@ -110,6 +111,11 @@ def what_changed(saved, args, now, data=None):
     if "class_names" in saved and now.get("class_names", saved["class_names"]) != saved["class_names"]:
         changed.append("class_names: other classes, or in another order")
     return changed
+
+
+def _parts(now):
+    """What a checkpoint must hold besides weights for the next step to be the one it would have been."""
+    return ("opt", "schedule", "scaler") if now["precision"] == "fp16" else ("opt", "schedule")
 
 
 def _other_end(saved, args, data):

@@ -22,8 +22,9 @@ ARGS = {
 }  # fmt: skip
 DATA = {"items": 100, "digest": "abc"}
 NOW = {"precision": "fp16", "world_size": 2, "torch": "2.14", "device": "cpu", "class_names": ["cat", "dog"]}
-SAVED = {"args": ARGS, "data": DATA, **NOW}
-OLD = {"args": ARGS, "precision": "fp16", "world_size": 2, "class_names": ["cat", "dog"]}  # before it knew its data
+PARTS = {"opt": {}, "schedule": {}, "scaler": {}}
+SAVED = {"args": ARGS, "data": DATA, **PARTS, **NOW}
+OLD = {"args": ARGS, **PARTS, "precision": "fp16", "world_size": 2, "class_names": ["cat", "dog"]}  # knew no data yet
 
 
 def changed(saved=SAVED, now=NOW, data=DATA, **args):
@@ -67,8 +68,15 @@ def test_where_it_runs_is_named():
     on_gpu = {**NOW, "device": "cuda"}
     assert changed({**SAVED, "device": "cuda"}, on_gpu, no_tf32=True) == ["no_tf32 False -> True"]
     assert changed(now=on_gpu) == ["device cpu -> cuda"]
-    assert changed({"args": {}}, NOW) == ["precision unknown -> fp16", "world_size unknown -> 2"]
+    assert changed({"args": {}, **PARTS}, NOW) == ["precision unknown -> fp16", "world_size unknown -> 2"]
     assert changed({**SAVED, "stand_in": "ema"}) == ["ema missing -> a copy of the other weights"]
+
+
+def test_a_part_that_is_missing_is_named():
+    for part in PARTS:
+        without = {name: value for name, value in SAVED.items() if name != part}
+        assert changed(without) == [f"{part} missing -> as at the start"]
+    assert changed({**SAVED, "precision": "bf16", "scaler": {}}, {**NOW, "precision": "bf16"}) == []
 
 
 def test_frames_of_a_patch_matter_to_clips_and_left_out_are_its_side():
