@@ -206,14 +206,16 @@ class Choice:
 def choose(results_dir, args, data=None, required=False):
     """The newest good checkpoint of the newest run that is this one; for one rank, whose Choice all take.
 
-    Where no run matches, the Choice says what sets the newest one apart, and with `required` that is a UserError.
+    Where no run matches, the Choice says what sets the newest one apart, or that it cannot be read, and with
+    `required` that is a UserError. Where one does, it says which newer checkpoints cannot be read.
     """
-    told = ""
-    for path, saved in checkpoint.found(results_dir):
+    told, refused = "", []
+    for path, saved in checkpoint.found(results_dir, refused):
         differs = other_identity(saved, args, data)
         if not differs:
-            return Choice(str(path))
+            return Choice(str(path), f"Passed over: {'; '.join(refused)}" if refused else "")
         told = told or f"{path.parent.parent.name} is another run: {', '.join(differs)}"
+    told = told or "; ".join(refused)
     if required:
         raise UserError(
             f"--ckpt latest: {results_dir} holds no checkpoint of this configuration" + (f"; {told}" if told else "")

@@ -211,6 +211,16 @@ def test_runs_of_several_kinds_share_a_folder(tmp_path):
         resume.choose(tmp_path, {**ARGS, "global_seed": 1}, required=True)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_named(tmp_path):
+    path = make_run(tmp_path, "000-EqM-A")
+    broken = tmp_path / "000-EqM-A/checkpoints/0000020.pt"
+    broken.write_bytes(b"PK")
+    choice = resume.choose(tmp_path, ARGS)
+    assert choice.path == path and choice.message.startswith(f"Passed over: --ckpt {broken} is cut short")
+    os.remove(path)
+    assert resume.choose(tmp_path, ARGS).message.startswith(f"Starting anew, since --ckpt {broken} is cut short")
+
+
 def test_a_rank_that_cannot_read_a_checkpoint_ends_all():
     def unreadable(path):
         raise UserError(f"{path} is not there")
