@@ -328,18 +328,20 @@ def fingerprint(state):
     return f"{crc:08x}"
 
 
-def found(results_dir):
+def found(results_dir, refused=None):
     """(path, content) of the newest good checkpoint of each run, newest run first.
 
     Files that are cut short are passed over: a kill in mid-save cannot leave one, but a full disk of an
-    older version could.
+    older version could. refused: a list to which the reason of each is added.
     """
     runs = [run for run in Path(results_dir).glob("[0-9]*-*") if run.name.split("-")[0].isdecimal()]
     for run in sorted(runs, key=lambda run: (int(run.name.split("-")[0]), run.name), reverse=True):
         for path in reversed(_in_order(run / "checkpoints")):
             try:
                 content = load(path)
-            except UserError:
+            except UserError as error:
+                if refused is not None:
+                    refused.append(str(error))
                 continue
             yield path, content
             break

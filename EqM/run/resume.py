@@ -46,6 +46,7 @@ def same_path(a, b):
 def data_digest(names, labels, paths=None):
     """{"items", "digest"} of a data set, in its order: names (texts or bytes, relative to its folder) and labels.
 
+    A cache that describes itself is as well told by its description as the only name.
     paths: of the files, to take their sizes in too: of all up to 20,000, else of every k-th, so that 1.3 million files
     on a network do not take minutes. Another size between those goes unseen; another name or label never does.
     """
@@ -57,7 +58,7 @@ def data_digest(names, labels, paths=None):
     if paths is not None:
         every = math.ceil(len(paths) / STATS) or 1
         digest.update(np.asarray([_size(path) for path in paths[::every]], np.int64).tobytes())
-    return {"items": len(names), "digest": digest.hexdigest()}
+    return {"items": len(labels), "digest": digest.hexdigest()}
 
 
 def _size(path):
@@ -92,6 +93,7 @@ def what_changed(saved, args, now, data=None):
     theirs = saved["args"]
     changed = [_arrow(name, saved, now) for name in ("precision", "world_size") if saved.get(name) != now[name]]
     changed += [_arrow(n, saved, now) for n in ("torch", "device") if n in saved and n in now and saved[n] != now[n]]
+    changed += [f"{part} missing -> as at the start" for part in _parts(now) if part not in saved]
     if "stand_in" in saved:
         changed.append(f"{saved['stand_in']} missing -> a copy of the other weights")
     same_data = _same_data(saved, data)
@@ -109,6 +111,11 @@ def what_changed(saved, args, now, data=None):
     if "class_names" in saved and now.get("class_names", saved["class_names"]) != saved["class_names"]:
         changed.append("class_names: other classes, or in another order")
     return changed
+
+
+def _parts(now):
+    """What a checkpoint must hold besides weights for the next step to be the one it would have been."""
+    return ("opt", "schedule", "scaler") if now["precision"] == "fp16" else ("opt", "schedule")
 
 
 def _other_end(saved, args, data):
@@ -199,14 +206,16 @@ class Choice:
 def choose(results_dir, args, data=None, required=False):
     """The newest good checkpoint of the newest run that is this one; for one rank, whose Choice all take.
 
-    Where no run matches, the Choice says what sets the newest one apart, and with `required` that is a UserError.
+    Where no run matches, the Choice says what sets the newest one apart, or that it cannot be read, and with
+    `required` that is a UserError. Where one does, it says which newer checkpoints cannot be read.
     """
-    told = ""
-    for path, saved in checkpoint.found(results_dir):
+    told, refused = "", []
+    for path, saved in checkpoint.found(results_dir, refused):
         differs = other_identity(saved, args, data)
         if not differs:
-            return Choice(str(path))
+            return Choice(str(path), f"Passed over: {'; '.join(refused)}" if refused else "")
         told = told or f"{path.parent.parent.name} is another run: {', '.join(differs)}"
+    told = told or "; ".join(refused)
     if required:
         raise UserError(
             f"--ckpt latest: {results_dir} holds no checkpoint of this configuration" + (f"; {told}" if told else "")
@@ -231,31 +240,24 @@ def load_on_all(path, load, all_agree):
     raise SystemExit(2)  # the rank that cannot read it says why
 
 
-class RunLock:
-    """Holds a run folder for this process, until `release` or the process ends in any way."""
-
-    def __init__(self, file):
-        self._file = file
-
-    def release(self):
-        self._file.close()
+_held = {}  # by real path, the open files that are this process's locks
 
 
 def lock_run(folder):
-    """A RunLock on a run folder; UserError if another process has it. For the main rank alone.
+    """Keep a run folder to this process until it ends in any way; UserError if another one has it. For the main rank.
 
     The lock is the record kind of POSIX, not flock: data workers, which outlive a killed trainer for seconds, do not
-    inherit it, and it works on NFS. It ends as soon as its process closes the file, so take it once. Without fcntl
-    nothing is locked.
+    inherit it, and it works on NFS. Without fcntl nothing is locked.
     """
-    path = Path(folder) / "run.lock"
+    path = Path(os.path.realpath(folder)) / "run.lock"
+    if path in _held or fcntl is None:
+        return
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, held as long as the run
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, for closing it would end the lock
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # both mean that it is held
         file.seek(0)
         holder = file.read(200).strip()
@@ -265,9 +267,9 @@ def lock_run(folder):
             f"wait until it ends, or give another --results-dir"
         ) from None
     except OSError:  # a file system without locks
-        pass
-    else:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-    return RunLock(file)
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _held[path] = file

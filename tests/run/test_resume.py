@@ -22,8 +22,9 @@ ARGS = {
 }  # fmt: skip
 DATA = {"items": 100, "digest": "abc"}
 NOW = {"precision": "fp16", "world_size": 2, "torch": "2.14", "device": "cpu", "class_names": ["cat", "dog"]}
-SAVED = {"args": ARGS, "data": DATA, **NOW}
-OLD = {"args": ARGS, "precision": "fp16", "world_size": 2, "class_names": ["cat", "dog"]}  # before it knew its data
+PARTS = {"opt": {}, "schedule": {}, "scaler": {}}
+SAVED = {"args": ARGS, "data": DATA, **PARTS, **NOW}
+OLD = {"args": ARGS, **PARTS, "precision": "fp16", "world_size": 2, "class_names": ["cat", "dog"]}  # knew no data yet
 
 
 def changed(saved=SAVED, now=NOW, data=DATA, **args):
@@ -67,8 +68,15 @@ def test_where_it_runs_is_named():
     on_gpu = {**NOW, "device": "cuda"}
     assert changed({**SAVED, "device": "cuda"}, on_gpu, no_tf32=True) == ["no_tf32 False -> True"]
     assert changed(now=on_gpu) == ["device cpu -> cuda"]
-    assert changed({"args": {}}, NOW) == ["precision unknown -> fp16", "world_size unknown -> 2"]
+    assert changed({"args": {}, **PARTS}, NOW) == ["precision unknown -> fp16", "world_size unknown -> 2"]
     assert changed({**SAVED, "stand_in": "ema"}) == ["ema missing -> a copy of the other weights"]
+
+
+def test_a_part_that_is_missing_is_named():
+    for part in PARTS:
+        without = {name: value for name, value in SAVED.items() if name != part}
+        assert changed(without) == [f"{part} missing -> as at the start"]
+    assert changed({**SAVED, "precision": "bf16", "scaler": {}}, {**NOW, "precision": "bf16"}) == []
 
 
 def test_frames_of_a_patch_matter_to_clips_and_left_out_are_its_side():
@@ -203,6 +211,16 @@ def test_runs_of_several_kinds_share_a_folder(tmp_path):
         resume.choose(tmp_path, {**ARGS, "global_seed": 1}, required=True)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_named(tmp_path):
+    path = make_run(tmp_path, "000-EqM-A")
+    broken = tmp_path / "000-EqM-A/checkpoints/0000020.pt"
+    broken.write_bytes(b"PK")
+    choice = resume.choose(tmp_path, ARGS)
+    assert choice.path == path and choice.message.startswith(f"Passed over: --ckpt {broken} is cut short")
+    os.remove(path)
+    assert resume.choose(tmp_path, ARGS).message.startswith(f"Starting anew, since --ckpt {broken} is cut short")
+
+
 def test_a_rank_that_cannot_read_a_checkpoint_ends_all():
     def unreadable(path):
         raise UserError(f"{path} is not there")
@@ -218,7 +236,7 @@ def test_a_rank_that_cannot_read_a_checkpoint_ends_all():
 HOLDER = """
 import os, sys, time
 from EqM.run import resume
-lock = resume.lock_run(sys.argv[1])
+resume.lock_run(sys.argv[1])
 if os.fork() == 0:  # a data worker, which outlives a killed trainer
     time.sleep(20)
 print("held", flush=True)
@@ -238,7 +256,8 @@ def test_a_run_folder_has_one_process_and_a_killed_one_leaves_no_lock(tmp_path):
             resume.lock_run(tmp_path)
         holder.kill()
         holder.wait()
-        resume.lock_run(tmp_path).release()
+        resume.lock_run(tmp_path)
+        resume.lock_run(tmp_path / ".")  # once more is no harm
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="run.lock cannot be written: No such"):
