@@ -3,13 +3,13 @@
 import argparse
 import math
 import os
+import signal
 import sys
-
-import torch.distributed as dist
 
 from EqM.architecture import MODEL_DEFAULTS
 from EqM.models import EBM_KINDS, EqM_models
-from EqM.run.errors import UserError
+from EqM.run import distributed, stops
+from EqM.run.errors import UserError, is_mendable, is_out_of_memory, reason
 from EqM.samplers import SAMPLERS
 from EqM.transport import PATHS, PREDICTIONS
 
@@ -17,12 +17,21 @@ LEFT_OUT = " (left out: as in the checkpoint)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, printed once however many ranks there are."""
+    """An ArgumentParser whose errors are one line, printed once however many ranks there are.
+
+    parsed: what the process's command was given, for messages from where nobody has it at hand.
+    """
+
+    parsed = None
 
     def __init__(self, description):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+
+    def parse_args(self, *given):
+        Parser.parsed = super().parse_args(*given)
+        return Parser.parsed
 
     def error(self, message):
         complain(f"{self.prog}: error: {message}", every_rank=False)
@@ -35,17 +44,67 @@ def complain(line, every_rank=True):
 
 
 def run(main):
-    """Run a script's main; a UserError, or an OSError such as a full disk, is one line on stderr and exit status 2."""
+    """Run a command's main and exit with its status.
+
+    One line on stderr each: what a user can mend, a UserError, a full disk or memory that ran out, exits with 2; a
+    rank that stops because another one did with 1; a signal that nobody but this function heard with 128 + its
+    number. Everything else is a bug and keeps its traceback.
+    """
+    Parser.parsed = None
+    undo = stops.handle(stops.interrupt)
+    try:
+        status = _status_of(main)
+    except (stops.Interrupted, KeyboardInterrupt) as stop:  # from _status_of too: launchers stop what is failing
+        number = getattr(stop, "number", signal.SIGINT)
+        name = signal.Signals(number).name
+        complain(f"{_told(f'interrupted by {name}')}: run the same command again to go on")
+        status = 128 + number
+    finally:
+        undo()
+    if status:
+        sys.exit(status)  # here, where no exception holds on to main's frames: what they opened is closed first
+
+
+def _told(what):
+    """The head of a line about this process: its command, and its rank unless that is the main one."""
+    rank = os.environ.get("RANK", "0")
+    return f"{os.path.basename(sys.argv[0])}: {what}" + (f" (rank {rank})" if rank != "0" else "")
+
+
+def _status_of(main):
     try:
         main()
-    except (UserError, OSError) as error:
-        rank = os.environ.get("RANK", "0")
-        where = f" (rank {rank})" if rank != "0" else ""
-        complain(f"{os.path.basename(sys.argv[0])}: error{where}: {error}")
-        sys.exit(2)
-    except dist.DistBackendError:
-        complain("this rank stops because another one did; its own message says why")
-        sys.exit(1)
+        return 0
+    except Exception as error:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and is_mendable(error)):
+            line, status = str(error), 2
+        elif is_out_of_memory(error):
+            line, status = f"out of memory ({reason(error)}); {less_memory(Parser.parsed)}", 2
+        elif distributed.is_peers(error):
+            line, status = "this rank stops because another one did; its own message says why", 1
+        elif cause := distributed.cause(error):
+            line, status = f"the ranks cannot talk to each other: {cause}", 2
+        else:
+            raise
+    complain(f"{_told('error')}: {line}")
+    return status
+
+
+def less_memory(args):
+    """What needs less memory than these args, which may be None, in words."""
+    given = vars(args) if args else {}
+    ways = [
+        f"a smaller --{name.replace('_', '-')} than {given[name]}"
+        for name in ("global_batch_size", "batch_size")
+        if given.get(name, 1) > 1
+    ]
+    if given.get("grad_accum_steps", math.inf) < given.get("global_batch_size", 1):
+        ways.append(f"more --grad-accum-steps than {given['grad_accum_steps']}")
+    if given.get("grad_checkpointing") is False and given.get("ebm") == "none":
+        ways.append("--grad-checkpointing")
+    if given.get("use_bf16") is False and not given.get("use_amp"):
+        ways.append("--use-bf16")
+    return f"what needs less: {', '.join(ways) or 'a smaller batch or model'}"
 
 
 def number(kind, low, high=math.inf, open_low=False):

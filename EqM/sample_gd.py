@@ -28,6 +28,7 @@ from EqM.engine import acceleration, precision
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError, reason
+from EqM.run.log import progress
 
 SHEET_SIZE = 64  # samples on the contact sheet
 NOISE = 2  # raised when the samples of a seed change; 1 until version 0.1
@@ -142,14 +143,17 @@ def main():
     if ranks.is_main:
         print(f"Precision: {run_in.reason}; {len(todo)} of {len(files)} samples to make")
 
+    how = {name: getattr(args, name) for name in cli.DESCENT}
     writers = Writers(args.fps)
+    made = progress(desc="samples", total=len(indices), unit="sample", shown=ranks.is_main)
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
-        bar = partial(tqdm, desc=f"batch {start // batch_size + 1}", leave=False, disable=not ranks.is_main)
-        how = {name: getattr(args, name) for name in cli.DESCENT}
-        x = pipe.descend(pipe.noise(batch, args.global_seed), [labels[i] for i in batch], **how, progress=bar)
+        updates = partial(progress, desc="updates", leave=False, shown=ranks.is_main, lines=False)
+        x = pipe.descend(pipe.noise(batch, args.global_seed), [labels[i] for i in batch], **how, progress=updates)
         samples = media.as_clips(pipe.decode(x)).to("cpu", non_blocking=True)
         writers.put([files[i] for i in batch], samples, distributed.fence(ranks.device))
+        made.update(len(batch))
+    made.close()
     writers.finish()
     distributed.barrier()
 

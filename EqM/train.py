@@ -17,7 +17,6 @@ if not __package__:  # run by its path: import the package beside this file, wha
 import argparse
 
 import torch
-from tqdm import trange
 
 from EqM import architecture, cli
 from EqM.data import autoencoder as autoencoders
@@ -29,7 +28,7 @@ from EqM.engine.trainer import Trainer
 from EqM.preview import Preview
 from EqM.run import checkpoint, distributed, resume, seeds
 from EqM.run.errors import UserError
-from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory
+from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
 from EqM.transport import LOSS_WEIGHTS
 
 
@@ -214,7 +213,8 @@ def main():
 
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
-    steps = trange(first_step + 1, total_steps + 1, initial=first_step, total=total_steps, disable=not ranks.is_main)
+    left = range(first_step + 1, total_steps + 1)
+    steps = progress(left, total=total_steps, initial=first_step, shown=ranks.is_main, lines=False)
     step = first_step
     for step in steps:
         seeds.seed_step(args.global_seed, step, ranks.rank)
@@ -243,6 +243,7 @@ def main():
             save(step)
     if step > first_step:
         save(step)
+    stream.close()
     log.info("Done")
     distributed.cleanup()
 

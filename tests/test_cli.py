@@ -296,6 +296,7 @@ INF_ON_ONE_RANK = """
 import torch
 from EqM import train
 from EqM.engine import precision
+from EqM.engine.trainer import Trainer
 from EqM.run import distributed
 from EqM.models import EqM_models
 ranks = distributed.setup("cpu")

@@ -1,12 +1,16 @@
 """The stream of batches that training reads: which items, by which processes, and what is done about bad ones."""
 
+import atexit
 import signal
+from contextlib import contextmanager
+from multiprocessing import active_children
+from threading import Timer, current_thread, main_thread
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from EqM.data.autoencoder import draw, to_pixels
-from EqM.run import seeds
+from EqM.run import seeds, stops
 from EqM.run.errors import UserError, reason
 
 
@@ -93,30 +97,108 @@ class Stream(Sampler):
 def read(dataset, stream, num_workers, pin_memory):
     """Batches of (pixels uint8 (N, ...), labels (N,), bad file indices (N,)), without end.
 
-    Raises UserError with the cause if a worker dies or a class has no file that decodes.
+    Closing the generator ends its workers; so does the end of the process. Raises UserError with the cause, at the
+    next batch, if a worker dies, or a class has no file that decodes.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=stream,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # else it draws its workers' seeds from the step's own numbers
     )
+    workers, batches = _Workers(), None
     try:
-        yield from loader
+        with workers.started():
+            batches = iter(loader)
+        for batch in batches:
+            yield batch
+            workers.check()
     except ValueError as error:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a data worker died ({reason(error)}); if memory ran out, use fewer --num-workers") from None
+        died = workers.died or error  # the first to be told knows more: which signal it was
+        raise UserError(f"a data worker died ({reason(died)}); if memory ran out, use fewer --num-workers") from None
+    finally:
+        workers.end(batches)
+
+
+class _Workers:
+    """The processes of one stream: they leave signals to their parent, and end with it.
+
+    died: what PyTorch said of the first that died; None while all live.
+    """
+
+    LAST_WORDS = 2.0  # seconds in which they end by themselves; nothing they do is worth waiting for
+
+    def __init__(self):
+        self.died = None
+        self.processes = []
+
+    @contextmanager
+    def started(self):
+        """Around the start of the workers."""
+        others = set(active_children())
+        # A signal that comes while they start would find their parent's handlers in them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, stops.SIGNALS) if hasattr(signal, "pthread_sigmask") else None
+        try:
+            yield
+        finally:
+            if mask is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.processes = [process for process in active_children() if process not in others]
+        atexit.register(self._kill_at_exit)  # else multiprocessing waits for them there, and they do not hear it
+        self._hold_deaths()
+
+    def _hold_deaths(self):
+        """Have a death told at the next batch. PyTorch's handler raises wherever the trainer is, in a save perhaps."""
+        if not self.processes or not hasattr(signal, "SIGCHLD") or current_thread() is not main_thread():
+            return
+        tell = signal.getsignal(signal.SIGCHLD)
+        tell = getattr(tell, "raises", tell)
+
+        def hold(number, frame):
+            try:
+                tell(number, frame)
+            except RuntimeError as error:
+                self.died = self.died or error
+
+        hold.raises = tell
+        signal.signal(signal.SIGCHLD, hold)
+
+    def check(self):
+        if self.died is not None and not all(process.is_alive() for process in self.processes):
+            raise self.died
+
+    def end(self, batches):
+        """Tell the workers of an iterator to end, and kill those that do not. Nothing is left to do at exit."""
+        if not self.processes:
+            return
+        late = Timer(self.LAST_WORDS, self.kill)
+        late.daemon = True
+        late.start()
+        try:
+            batches._shutdown_workers()  # not left to __del__, which may come when it is too late to wait
+        finally:
+            late.cancel()
+            self.kill()
+            self.processes = []
+            atexit.unregister(self._kill_at_exit)
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+    def _kill_at_exit(self):
+        self.kill()
+        self.processes = []  # a generator that is closed later than this can neither start a thread nor wait
 
 
 def _leave_signals_to_parent(worker):
-    """Ctrl-C reaches workers too, and the trainer's own handlers are inherited: neither is theirs to act on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A launcher signals every process of a job. A worker ends when its parent does, and not before."""
+    for number in stops.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

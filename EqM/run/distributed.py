@@ -2,13 +2,22 @@
 
 import ctypes
 import os
-import signal
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from EqM.run import stops
 from EqM.run.errors import UserError, reason
+
+# Ranks wait for work that one of them does alone: listing a data set, encoding, a slow file system. A rank that dies
+# closes its connections, which ends a wait on gloo at once; this limit only meets a machine that froze.
+PATIENCE = timedelta(days=1)
+# NCCL's waits end by this alone. Its ten minutes are less than rank 0 may take to save a large model to a shared disk.
+NCCL_TIMEOUT = timedelta(hours=1)
+
+_waiting = None  # a gloo group of all ranks on which PATIENCE holds, while there are several
 
 
 @dataclass(frozen=True)
@@ -25,18 +34,52 @@ class Ranks:
 def setup(device_name=None):
     """Join the process group torchrun describes, or stand alone. Returns this process's Ranks.
 
-    device_name: "cuda", "cuda:1", "cpu", ...; None takes the GPU where there is one. Under torchrun each
-    process takes the GPU of its local rank. Raises UserError if that device is not there.
+    device_name: "cuda", "cuda:1", "cpu", ...; None takes the GPU where there is one. Under torchrun each process
+    takes the GPU of its local rank. Raises UserError if that device is not there, or the environment names ranks
+    without a launcher.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    global _waiting
+    rank, world_size = _place()
+    if (device_name or "").startswith("cuda:") and _number("LOCAL_WORLD_SIZE", world_size) > 1:
+        raise UserError(
+            f"--device {device_name} would put every rank on one GPU; give --device cuda, and each takes its own"
+        )
     device = device_named(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if device.type == "cpu":
         _keep_freed_memory()
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(int(os.environ.get("RANK", 0)), world_size, device)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=NCCL_TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Ranks(rank, world_size, device)
+
+
+def _number(name, default):
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment has {name}={text!r}, which is no number; unset it, or start by torchrun")
+    return int(text)
+
+
+def _place():
+    """(rank, world size) that the environment gives this process. Raises UserError if they are left over, say."""
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise UserError(
+            f"the environment has WORLD_SIZE={world_size} but no {', '.join(missing)}: "
+            "unset it to run one process, or start by torchrun"
+        )
+    if rank >= world_size:
+        raise UserError(
+            f"the environment has RANK={rank}, which WORLD_SIZE={world_size} has not: "
+            "unset RANK to run one process, or start by torchrun"
+        )
+    return rank, world_size
 
 
 def device_named(name=None):
@@ -68,14 +111,16 @@ def _keep_freed_memory():
 
 def cleanup():
     """Leave the process group, if one was joined."""
+    global _waiting
+    _waiting = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier():
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait for all ranks, for as long as they take."""
+    if _waiting is not None:
+        dist.barrier(_waiting)
 
 
 def mean(tensor):
@@ -96,7 +141,7 @@ def gather(tensor):
 
 
 def on_main(ranks, function, share=True):
-    """What a function returns on the main rank, on every rank; a UserError there stops them all.
+    """What a function returns on the main rank, on every rank; an exception there stops them all.
 
     share: without it, the other ranks get None.
     """
@@ -104,11 +149,11 @@ def on_main(ranks, function, share=True):
     if ranks.is_main:
         try:
             result = function()
-        except UserError as raised:
+        except Exception as raised:
             error = raised
-    if dist.is_initialized():
+    if _waiting is not None:
         box = [result if share else None, error is not None]
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=_waiting)
         shared, failed = box
         result = shared if share else result
         if failed and not ranks.is_main:
@@ -116,6 +161,37 @@ def on_main(ranks, function, share=True):
     if error is not None:
         raise error
     return result
+
+
+_PEER_GONE = (
+    "reset by peer",
+    "closed by peer",
+    "remote peer",
+    "broken pipe",
+    "ncclremoteerror",
+    "communicator was aborted",
+)
+
+
+def is_peers(error):
+    """Whether an exception of a collective means that another rank is gone."""
+    return _is_collectives(error) and any(words in str(error).lower() for words in _PEER_GONE)
+
+
+def cause(error):
+    """Why this rank's own part of a collective failed, in a line; None if the exception is no collective's.
+
+    NCCL says it last, below where it happened; gloo first, behind a path of its own source.
+    """
+    if not _is_collectives(error):
+        return None
+    text = str(error).strip().split("Last error:")[-1].strip()
+    return reason(text).split("] ", 1)[-1]
+
+
+def _is_collectives(error):
+    """gloo's exceptions are plain RuntimeErrors that name a file of its source."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def fence(device):
@@ -128,24 +204,19 @@ def fence(device):
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) to any rank: all ranks stop after the same step.
+    """A signal of stops.SIGNALS to any rank: all ranks stop after the same step.
 
-    A second signal kills the process at once.
+    stops.handle says what more of them do.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, ranks):
         self.asked = False
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world_size > 1 else None
         self._flag = self._pending = None
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
+        stops.handle(self._note)
 
-    def _note(self, number, frame):
+    def _note(self, number):
         self.asked = True
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
 
     def agreed(self):
         """Whether to stop now, the same on all ranks, each of which must ask once a step.
@@ -165,8 +236,8 @@ class StopRequest:
 
 def all_agree(ok):
     """Whether ok holds on every rank. Every rank must call it."""
-    if not dist.is_initialized():
+    if _waiting is None:
         return ok
-    answers = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, ok)
+    answers = [None] * dist.get_world_size(_waiting)
+    dist.all_gather_object(answers, ok, group=_waiting)
     return all(answers)

@@ -1,5 +1,13 @@
 """The one exception that means "the input is wrong", and how to say another in one line."""
 
+import errno
+
+# What a user can mend: space, permissions, limits, paths. Any other OSError is a bug, and keeps its traceback.
+_MENDABLE = (
+    "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EIO ESTALE EMFILE ENFILE ENOMEM EAGAIN ENAMETOOLONG ELOOP EBUSY EPIPE"
+)
+_MENDABLE_PATHS = "ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY"  # where the message names the path
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, and what to do about it.
@@ -17,3 +25,21 @@ def reason(error):
 def printable(text):
     """A text in which what no UTF-8 file or terminal takes, as names of files may hold it, is spelt: `caf\\udce9`."""
     return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def is_mendable(error):
+    """Whether an OSError is the machine's state rather than a bug: a full disk, a folder without permission, ..."""
+    names = _MENDABLE.split() + (_MENDABLE_PATHS.split() if error.filename is not None else [])
+    return errno.errorcode.get(error.errno) in names
+
+
+def is_out_of_memory(error):
+    """Whether memory ran out, on a device or in the process. Covers what libraries made of it on the way up."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+        ):
+            return True
+        error = error.__cause__
+    return False

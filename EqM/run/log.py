@@ -1,7 +1,7 @@
 """What a run tells: log.txt, metrics.csv, loss.png, and trackers when asked for. Only the main rank writes."""
 
 import csv
-import resource
+import sys
 import time
 import uuid
 from datetime import datetime
@@ -12,6 +12,11 @@ from tqdm import tqdm
 
 from EqM.run import distributed
 from EqM.run.errors import UserError, printable, reason
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def new_run_folder(args):
@@ -178,10 +183,58 @@ def _tensorboard(folder):
 
 
 def peak_memory(device):
-    """Most memory in use so far, in GiB: of the GPU by PyTorch, on a CPU of the whole process."""
+    """Most memory in use so far, in GiB: of the GPU by PyTorch, on a CPU of the whole process; nan on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    if resource is None:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def progress(items=None, desc=None, *, total=None, initial=0, unit="it", shown=True, lines=True, leave=True):
+    """How far along items are, while one takes them, or calls update(n): a bar on a terminal, else a line a minute.
+
+    shown: nothing if False, as on all ranks but the main one. lines: no lines either where another log speaks, or for
+    a bar inside another. The rest is tqdm's.
+    """
+    if shown and lines and not sys.stderr.isatty():
+        return Lines(items, desc, total, initial, unit)
+    shown = shown and sys.stderr.isatty()
+    return tqdm(items, desc, total, leave, initial=initial, unit=unit, disable=not shown)
+
+
+class Lines:
+    """What of tqdm's interface is used here, for a file: a bar drawn over itself would fill it."""
+
+    EVERY = 60.0  # seconds
+
+    def __init__(self, items, desc, total, initial, unit):
+        self.items = items
+        self.desc = desc
+        self.total = len(items) if total is None and hasattr(items, "__len__") else total
+        self.first = self.done = initial
+        self.unit = unit
+        self.since = self.told = time.perf_counter()
+
+    def __iter__(self):
+        for item in self.items:
+            yield item
+            self.update()
+
+    def update(self, n=1):
+        self.done += n
+        now = time.perf_counter()
+        if now - self.told >= self.EVERY:
+            self.told = now
+            rate = (self.done - self.first) / (now - self.since)
+            of = f" of {self.total}" if self.total else ""
+            left = f", {tqdm.format_interval((self.total - self.done) / rate)} left" if self.total and rate else ""
+            head = f"{self.desc}: " if self.desc else ""
+            print(f"{head}{self.done}{of}, {rate:.3g} {self.unit}/s{left}", file=sys.stderr, flush=True)
+
+    def close(self):
+        """Nothing is left to draw."""
 
 
 class Clock:

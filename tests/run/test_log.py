@@ -179,3 +179,51 @@ def test_the_clock_counts_since_the_last_question(monkeypatch):
     clock.tick()
     now[0] = 4.0
     assert clock.rate() == 0.5
+
+
+@pytest.mark.parametrize(("platform", "gib"), [("linux", 3.0), ("darwin", 3.0 / 1024)])
+def test_peak_memory_is_counted_in_the_systems_own_unit(monkeypatch, platform, gib):
+    usage = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: types.SimpleNamespace(ru_maxrss=3 * 2**20))
+    monkeypatch.setattr(run_log, "resource", usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert run_log.peak_memory(CPU) == gib
+
+
+def test_peak_memory_is_nan_where_nobody_counts_it(monkeypatch):
+    monkeypatch.setattr(run_log, "resource", None)
+    assert math.isnan(run_log.peak_memory(CPU))
+
+
+def test_progress_in_a_file_is_a_line_a_minute(monkeypatch, capfd):
+    now = [0.0]
+    monkeypatch.setattr(run_log.time, "perf_counter", lambda: now[0])
+    for _ in run_log.progress(range(100, 400), "encode", total=400, initial=100, unit="clip"):
+        now[0] += 1.0
+    bar = run_log.progress(desc="sample", total=8)
+    for _ in range(4):
+        now[0] += 45.0
+        bar.update(2)
+    bar.close()
+    assert capfd.readouterr().err.splitlines() == [
+        "encode: 160 of 400, 1 clip/s, 04:00 left",
+        "encode: 220 of 400, 1 clip/s, 03:00 left",
+        "encode: 280 of 400, 1 clip/s, 02:00 left",
+        "encode: 340 of 400, 1 clip/s, 01:00 left",
+        "encode: 400 of 400, 1 clip/s, 00:00 left",
+        "sample: 4 of 8, 0.0444 it/s, 01:30 left",
+        "sample: 8 of 8, 0.0444 it/s, 00:00 left",
+    ]
+
+
+@pytest.mark.parametrize("quiet", [{"lines": False}, {"shown": False}])
+def test_progress_in_a_file_is_silent_where_it_should_be(monkeypatch, capfd, quiet):
+    monkeypatch.setattr(run_log.Lines, "EVERY", 0.0)
+    assert list(run_log.progress(range(3), "train", **quiet)) == [0, 1, 2]
+    run_log.progress(total=3, **quiet).update(3)
+    assert capfd.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(run_log.progress(range(3), "train", initial=1, total=4)) == [0, 1, 2]
+    assert "\rtrain: 100%" in capfd.readouterr().err.replace("\n", "")
