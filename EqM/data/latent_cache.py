@@ -30,8 +30,9 @@ from EqM.run.errors import UserError, reason
 
 KEY = ("vae", "image_size", "video", "clip_len")  # what training's own flags must agree with
 TYPES = {"vae": str, "image_size": int, "video": bool, "clip_len": int, "class_names": list}  # of cache.json's entries
-SHARD_BYTES = 64 << 20  # a kill costs each rank at most one shard
+SHARD_BYTES = 64 << 20  # a kill costs each rank at most one shard; larger only where MOST_SHARDS says so
 SHARDS = 64  # at least, where there are as many items, so that the ranks have even shares
+MOST_SHARDS = 512  # a mapped file stays open, and a process may often have only 1,024 of them
 DAMAGED = (OSError, ValueError, TypeError)  # what reading such a folder raises
 
 
@@ -251,13 +252,15 @@ class Writer:
             return
         indices, moments, arrived = self._waiting
         arrived()
-        for index, item in zip(indices, moments.half().numpy(), strict=True):
-            shard, row = divmod(int(index), self.layout.shard_items)
+        shards, at = np.divmod(np.array(indices, dtype=int), self.layout.shard_items)
+        moments = moments.half().numpy()
+        for shard in map(int, np.unique(shards)):
             if self._open is None or self._open[0] != shard:
                 self._put_away()
                 self._open = shard, *self._taken_up(shard)
             _, rows, there = self._open
-            rows[row], there[row] = item, True
+            rows[at[shards == shard]] = moments[shards == shard]
+            there[at[shards == shard]] = True
             if there.all():
                 self._put_away()
         self._waiting = None
@@ -305,7 +308,8 @@ def create(folder, meta, files, item_shape):
     """
     folder = Path(folder)
     per_item = 2 * math.prod(item_shape)  # bytes
-    shard_items = max(1, min(SHARD_BYTES // per_item, -(-len(files) // SHARDS)))
+    few, many = (math.ceil(len(files) / shards) for shards in (SHARDS, MOST_SHARDS))
+    shard_items = max(many, min(SHARD_BYTES // per_item, few))
     meta = {**meta, "files": len(files), "item_shape": list(item_shape), "shard_items": shard_items}
     try:
         taken_up = (folder / "cache.json").exists()

@@ -143,6 +143,16 @@ def test_items_are_found_across_shards_in_whatever_order_they_came(lay_out, tiny
         assert torch.equal(item, moments[index, 0]) and label == index % 2
 
 
+def test_shards_are_neither_too_few_for_many_ranks_nor_too_many_to_be_open_at_once(tmp_path, monkeypatch):
+    meta = {"vae": "ema", "image_size": 16, "video": False, "clip_len": 2, "class_names": ["a"]}
+    for count, shard_bytes, shards in [(3, 1 << 20, 3), (6400, 1 << 20, 64), (6400, 50 * 16, 128), (6400, 1, 493)]:
+        monkeypatch.setattr(latent_cache, "SHARD_BYTES", shard_bytes)
+        files = np.zeros(count, [("name", "S4"), ("size", "<i8"), ("time", "<i8"), ("label", "<i8")])
+        layout, left, _ = latent_cache.create(tmp_path / f"{count}-{shard_bytes}", meta, files, (1, 2, 4, 1, 1))
+        assert len(layout.shards) == len(left) == shards
+        assert np.array_equal(np.concatenate(left), np.arange(count))
+
+
 def test_a_worker_maps_the_files_itself(whole, tiny_vae):
     cache = latent_cache.LatentCache(whole, cache_args(tiny_vae))
     sent = pickle.dumps(cache)
@@ -449,36 +459,29 @@ def test_no_damaged_byte_raises_anything_else(whole, tiny_vae, old):
 
 
 def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(run_script, tiny_vae, tmp_path):
-    """Ctrl-C and SIGTERM, without and with a data worker; one of the files is bad, and its name is not UTF-8."""
+    """With a data worker; one of the files is bad, and its name is not UTF-8."""
     pytest.importorskip("EqM.run.stops", reason="cli.run does not hear signals yet")
-    count = 600
-    (tmp_path / "data" / "a").mkdir(parents=True)
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(image).save(tmp_path / "data" / "a" / "0000.png")
+    count, shard_items = 600, 10
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(folder / "0000.png")
     for i in range(1, count - 1):
-        os.link(tmp_path / "data" / "a" / "0000.png", tmp_path / "data" / "a" / f"{i:04d}.png")
-    (tmp_path / "data" / "a" / os.fsdecode(b"000\xff.png")).write_text("no picture")
-    words = ["--data-path", tmp_path / "data", "--vae", tiny_vae, "--image-size", 64, "--device", "cpu"]
-    words += ["--batch-size", 2]
-    script, running = REPO / "EqM" / "extract_latents.py", {}
-    for workers, number in enumerate((signal.SIGINT, signal.SIGTERM)):
-        flags = ["--out", tmp_path / number.name, "--num-workers", workers]
-        running[number] = flags, subprocess.Popen(
-            [sys.executable, script, *map(str, words + flags)], stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-    for number, (flags, process) in running.items():
-        until = time.monotonic() + 60
-        while not (flags[1] / "000001.npy").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        for _ in range(2):  # as torchrun does
-            process.send_signal(number)
-            time.sleep(0.02)
-    for number, (flags, process) in running.items():
-        err = process.communicate(timeout=60)[1]
-        assert process.returncode == 128 + number, err
-        assert "Traceback" not in err and f"interrupted by {number.name}" in err.splitlines()[-1]
-        assert r"\xff.png does not decode" in err or r"\udcff.png does not decode" in err
-        shards = [path.name for path in flags[1].glob("0*.npy")]
-        assert 2 * 10 <= sum(len(np.load(flags[1] / name)) for name in shards) < count
-    assert told(run_script("extract_latents", *words, *running[signal.SIGINT][0]))["encoded"] < count - 2 * 10
+        os.link(folder / "0000.png", folder / f"{i:04d}.png")
+    (folder / os.fsdecode(b"000\xff.png")).write_text("no picture")
+    out = tmp_path / "cache"
+    words = ["--data-path", tmp_path / "data", "--vae", tiny_vae, "--image-size", 64, "--device", "cpu", "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, REPO / "EqM/extract_latents.py", *map(str, words), "--batch-size", "1", "--num-workers", "1"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not (out / "000001.npy").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err and "interrupted by SIGTERM" in err.splitlines()[-1]
+    assert r"000\udcff.png does not decode" in err
+    kept = sum(len(np.load(path)) for path in out.glob("0*.npy"))
+    assert 2 * shard_items <= kept < count
+    assert told(run_script("extract_latents", *words, "--num-workers", 0))["encoded"] == count - kept
