@@ -33,7 +33,7 @@ TYPES = {"vae": str, "image_size": int, "video": bool, "clip_len": int, "class_n
 SHARD_BYTES = 64 << 20  # a kill costs each rank at most one shard; larger only where MOST_SHARDS says so
 SHARDS = 64  # at least, where there are as many items, so that the ranks have even shares
 MOST_SHARDS = 512  # a mapped file stays open, and a process may often have only 1,024 of them
-DAMAGED = (OSError, ValueError, TypeError)  # what reading such a folder raises
+DAMAGED = (OSError, ValueError)  # what reading such a folder raises
 
 
 class LatentCache(Dataset):
@@ -136,10 +136,11 @@ class Layout:
     @classmethod
     def of(cls, folder, meta):
         """The layout that cache.json tells of. Raises ValueError if it tells of none."""
-        numbers = (meta.get("files"), meta["shard_items"], *meta.get("item_shape", [None]))
+        length, shard_items, shape = (meta.get(name) for name in ("files", "shard_items", "item_shape"))
+        numbers = [length, shard_items, *(shape if isinstance(shape, list) else [None])]
         if not all(type(number) is int and number > 0 for number in numbers):
             raise ValueError("cache.json has no usable files, shard_items and item_shape")
-        return cls(folder, meta["files"], meta["shard_items"], tuple(meta["item_shape"]))
+        return cls(folder, length, shard_items, tuple(shape))
 
     @property
     def shards(self):
