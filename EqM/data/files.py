@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from EqM.data.clips import decode_clip
 from EqM.data.media import UNREADABLE
-from EqM.run import seeds
+from EqM.run import resume, seeds
 from EqM.run.errors import UserError
 
 CLIP_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
@@ -56,6 +56,7 @@ class LabelledFiles(Dataset):
         self.paths = np.array([os.fsencode(path) for path in paths])  # one block, which workers share
         self.labels = np.array(labels)
         self.class_names = class_names
+        self.notes = []
         self.size = size
         self.clip_len = clip_len
         self.frame_interval = frame_interval
@@ -64,6 +65,12 @@ class LabelledFiles(Dataset):
 
     def __len__(self):
         return len(self.paths)
+
+    def digest(self):
+        """What a checkpoint keeps of the data (resume.data_digest); names are relative to the files' common folder."""
+        folder = os.path.commonprefix(list(self.paths)).rpartition(os.fsencode(os.sep))[0]
+        names = [path[len(folder) :] for path in self.paths]
+        return resume.data_digest(names, self.labels, list(map(os.fsdecode, self.paths)))
 
     def path(self, index):
         return os.fsdecode(self.paths[index])

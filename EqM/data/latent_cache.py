@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 
 from EqM.data import autoencoder
-from EqM.run import seeds
+from EqM.run import resume, seeds
 from EqM.run.errors import UserError, reason
 
 KEY = ("vae", "image_size", "video", "clip_len")  # what training's own flags must agree with
@@ -70,6 +70,7 @@ class LatentCache(Dataset):
         if args.flip and copies == 1:
             raise UserError(f"--latents {folder} has no mirrored copies; train from it with --no-flip")
         self.class_names = meta["class_names"]
+        self.notes = []
         self.flip = args.flip
         self.seed = args.global_seed
 
@@ -116,6 +117,13 @@ class LatentCache(Dataset):
 
     def __len__(self):
         return len(self.labels)
+
+    def digest(self):
+        """What a checkpoint keeps of the data (resume.data_digest), by names and sizes of its files where it has them."""
+        names = [b""] * len(self)
+        if (self.folder / "files.npy").exists():
+            names = [b"%d %s" % (size, name) for name, size, _, _ in _mapped(self.folder / "files.npy").tolist()]
+        return resume.data_digest(names, self.labels)
 
     def __getitem__(self, key):
         epoch, index = key
@@ -301,7 +309,8 @@ def files_of(dataset, root):
 
 
 def create(folder, meta, files, item_shape):
-    """Lay out an empty cache, or take up the one there, if it was made from the same. For one process to call.
+    """Lay out an empty cache, or take up the one there, if it was made from the same. For one process to call, which
+    keeps the folder to itself and its peers until it ends.
 
     meta: what cache.json says. files: as of files_of. item_shape: (copies, 2, C, [T,] h, w).
     Returns (Layout, indices of the items left for each unfinished shard, how many items of changed files are among
@@ -333,6 +342,7 @@ def _lay_out(folder, meta, files):
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("[0-9]*.npy")):
         raise UserError(f"{folder} holds shards but no cache.json that says of what; choose another --out")
+    resume.lock_run(folder, "--out")
     _save(folder / "files.npy", files)
     _save(folder / "cache.json", json.dumps(meta, indent=1).encode())
     return 0
@@ -353,6 +363,7 @@ def _take_up(folder, meta, files):
         )
         raise UserError(f"{folder} holds another cache ({told}); choose another --out")
     layout = Layout.of(folder, theirs)
+    resume.lock_run(folder, "--out")
     for leftover in folder.glob("*.writing"):
         leftover.unlink()
     for shard in layout.shards:

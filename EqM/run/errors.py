@@ -12,3 +12,8 @@ def reason(error):
     """The first line of an exception's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text):
+    """A text in which what no UTF-8 file or terminal takes, as names of files may hold it, is spelt: `caf\\udce9`."""
+    return str(text).encode("utf-8", "backslashreplace").decode()

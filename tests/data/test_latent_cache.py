@@ -20,6 +20,7 @@ from EqM.data import autoencoder as latents
 from EqM.data import files as data
 from EqM.data import latent_cache
 from EqM.engine.precision import Precision
+from EqM.run import resume
 from EqM.run.errors import UserError
 from helpers import REPO
 
@@ -50,7 +51,7 @@ def cache_args(tiny_vae, **more):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
 
 
 def told(result):
@@ -113,7 +114,11 @@ def test_cache_holds_the_posteriors_of_plain_and_mirrored_files(encode, clip_fol
     files = data.LabelledFiles(paths, labels, names, 16, clip_len=2, flip=True)
     vae = latents.load(tiny_vae, Precision("fp32", torch.device("cpu"), "test"))
     assert (cache.class_names, list(cache.labels)) == (["jump", "run"], [0, 0, 1, 1])
-    assert {path.name for path in folder.iterdir()} == {"cache.json", "files.npy", *(f"00000{i}.npy" for i in range(4))}
+    assert {path.name for path in folder.iterdir()} - {"run.lock"} == {
+        "cache.json",
+        "files.npy",
+        *(f"00000{i}.npy" for i in range(4)),
+    }
     for epoch in range(3):
         for index in range(4):
             moments, label, bad = cache[epoch, index]
@@ -233,7 +238,20 @@ def test_a_disk_that_is_really_full_is_told(lay_out, tmp_path):
         (layout.folder / "ballast").unlink()
         assert lay_out()[1] == list(range(4, COUNT))
     finally:
-        subprocess.run(["umount", tmp_path / "cache"], check=True)
+        subprocess.run(["umount", "-l", tmp_path / "cache"], check=True)
+
+
+def test_a_second_process_that_writes_is_refused_in_one_line(encode):
+    folder, _ = encode()
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(), input()"
+    resume._held.pop(folder.resolve() / "run.lock").close()
+    with subprocess.Popen(
+        [sys.executable, "-uc", hold, folder / "run.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        assert_one_line(encode()[1], "is being written by another process", "another --out")
+        other.communicate(b"\n")
+    assert told(encode()[1])["encoded"] == 0
 
 
 def test_too_little_room_is_told_before_anything_is_encoded(encode, monkeypatch):
@@ -267,6 +285,18 @@ def test_a_changed_item_of_a_shard_leaves_the_others_alone_even_if_that_is_inter
         writer.write([5], torch.zeros(1, *SHAPE))
     new = np.load(whole / "000001.npy")
     assert np.array_equal(new[[0, 2, 3]], old[[0, 2, 3]]) and not new[1].any()
+
+
+def test_a_checkpoint_can_tell_that_the_files_behind_a_cache_changed(whole, tiny_vae):
+    def digest():
+        return latent_cache.LatentCache(whole, cache_args(tiny_vae)).digest()
+
+    digests, files = [digest()], np.load(whole / "files.npy")
+    for field, value in [("time", 5), ("size", 7), ("name", b"x"), ("label", 1)]:
+        files[field][2] = value
+        np.save(whole / "files.npy", files)
+        digests.append(digest())
+    assert digests[0] == digests[1] and len({each["digest"] for each in digests}) == 4
 
 
 @pytest.mark.parametrize("change", ["renamed", "other class", "one more"])
