@@ -119,7 +119,7 @@ class LatentCache(Dataset):
         return len(self.labels)
 
     def digest(self):
-        """What a checkpoint keeps of the data (resume.data_digest), by names and sizes of its files where it has them."""
+        """What a checkpoint keeps of the data (resume.data_digest), by its files' names and sizes if it has them."""
         names = [b""] * len(self)
         if (self.folder / "files.npy").exists():
             names = [b"%d %s" % (size, name) for name, size, _, _ in _mapped(self.folder / "files.npy").tolist()]
