@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=N EqM/extract_latents.py --data-path DIR --out latents/imagenet-256 --use-bf16
     python EqM/train.py --latents latents/imagenet-256 --model EqM-XL/2 --use-bf16
 
-Killed, it goes on where it was when run again.
+Stopped or killed, it goes on where it was when run again; a file that has changed since is encoded again.
 """
 
 import sys
@@ -15,7 +15,6 @@ if not __package__:  # run by its path: import the package beside this file, wha
 
 import json
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -44,14 +43,6 @@ def parse_args():
     return args
 
 
-def write(writer, waiting):
-    """Write one batch, once it has arrived on the CPU. waiting: None, or (indices, moments, fence)."""
-    if waiting is not None:
-        indices, moments, arrived = waiting
-        arrived()
-        writer.write(indices, moments)
-
-
 def main():
     args = parse_args()
     channels, factor = latents.geometry(args.vae)
@@ -62,35 +53,37 @@ def main():
     dataset = data.open_files(args, flip=False)
     side = args.image_size // factor
     frames = (args.clip_len,) if args.video else ()
-    meta = {name: getattr(args, name) for name in latent_cache.KEY}
-    meta |= {"files": len(dataset), "class_names": dataset.class_names, "precision": run_in.name}
+    meta = {name: getattr(args, name) for name in (*latent_cache.KEY, "flip")}
+    meta |= {"class_names": dataset.class_names, "precision": precision.of_vae(args, run_in).name}
     shape = (1 + args.flip, 2, channels, *frames, side, side)
-    distributed.on_main(ranks, lambda: latent_cache.create(args.out, meta, dataset.labels, shape))
+    layout, left, changed = distributed.on_main(
+        ranks, lambda: latent_cache.create(args.out, meta, latent_cache.files_of(dataset, args.data_path), shape)
+    )
+    if changed:
+        line = f"{changed} of {len(dataset)} files have changed since they were encoded: these are encoded again"
+        cli.complain(line, every_rank=False)
 
-    writer = latent_cache.Writer(Path(args.out))
-    left = np.flatnonzero(~writer.done)[ranks.rank :: ranks.world_size]
-    keys = [[(0, int(i)) for i in left[n : n + args.batch_size]] for n in range(0, len(left), args.batch_size)]
+    mine = [int(index) for shard in left[ranks.rank :: ranks.world_size] for index in shard]
+    keys = [[(0, index) for index in mine[n : n + args.batch_size]] for n in range(0, len(mine), args.batch_size)]
     autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
-    bad_files = loader.BadFiles(dataset, args.max_bad_fraction, tqdm.write)
+    bad_files = loader.BadFiles(dataset, args.max_bad_fraction, lambda line: tqdm.write(line, file=sys.stderr))
     pin = ranks.device.type == "cuda"
-    bar = tqdm(total=len(left), desc="encode", unit="clip" if args.video else "image", disable=not ranks.is_main)
-    waiting = None  # the batch before this one: its results travel to the CPU while the next is encoded
-    for batch, (pixels, _, bad) in zip(keys, loader.read(dataset, keys, args.num_workers, pin), strict=True):
-        bad_files.note(bad)
-        pixels = latents.to_pixels(pixels.to(ranks.device, non_blocking=True))
-        copies = [pixels, pixels.flip(-1)] if args.flip else [pixels]
-        moments = torch.stack([autoencoder.posterior(copy) for copy in copies], dim=1).half()
-        moments = moments.to("cpu", non_blocking=True)
-        arrived = distributed.fence(ranks.device)
-        write(writer, waiting)
-        waiting = ([index for _, index in batch], moments, arrived)
-        bar.update(len(batch))
-    write(writer, waiting)
-    writer.flush()
+    bar = tqdm(total=len(mine), desc="encode", unit="clip" if args.video else "image", disable=not ranks.is_main)
+    with bar, latent_cache.Writer(layout) as writer:  # which keeps what is finished, however this ends
+        for batch, (pixels, _, bad) in zip(keys, loader.read(dataset, keys, args.num_workers, pin), strict=True):
+            bad_files.note(bad)
+            pixels = latents.to_pixels(pixels.to(ranks.device, non_blocking=True))
+            copies = [pixels, pixels.flip(-1)] if args.flip else [pixels]
+            moments = torch.stack([autoencoder.posterior(copy) for copy in copies], dim=1).half()
+            moments = moments.to("cpu", non_blocking=True)
+            writer.write([index for _, index in batch], moments, distributed.fence(ranks.device))
+            bar.update(len(batch))
     distributed.barrier()
     if ranks.is_main:
         size = sum(path.stat().st_size for path in Path(args.out).iterdir())
-        print(json.dumps({"cache": args.out, "items": len(dataset), "bytes_per_item": size // len(dataset)}))
+        encoded = sum(map(len, left))
+        told = {"cache": args.out, "items": len(dataset), "encoded": encoded, "bytes_per_item": size // len(dataset)}
+        print(json.dumps(told))
     distributed.cleanup()
 
 

@@ -184,10 +184,11 @@ def from_cache(args, run_in):
         settled = train_args(args, ["--latents", folder])
         names = [str(i) for i in range(CLASSES)]
         meta = {name: getattr(settled, name) for name in latent_cache.KEY} | {"class_names": names}
-        latent_cache.create(folder, meta, labels, moments.shape[1:])
-        writer = latent_cache.Writer(Path(folder))
-        writer.write(np.arange(len(x)), moments)
-        writer.flush()
+        files = np.zeros(len(x), [("name", "S1"), ("size", "<i8"), ("time", "<i8"), ("label", "<i8")])
+        files["label"] = labels
+        layout, _, _ = latent_cache.create(folder, meta, files, moments.shape[1:])
+        with latent_cache.Writer(layout) as writer:
+            writer.write(range(len(x)), moments)
         dataset = latent_cache.LatentCache(folder, settled)
         yield from loader.batches(settled, dataset, None, distributed.Ranks(0, 1, run_in.device), 0, print)
 

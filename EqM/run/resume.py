@@ -243,7 +243,7 @@ def load_on_all(path, load, all_agree):
 _held = {}  # by real path, the open files that are this process's locks
 
 
-def lock_run(folder):
+def lock_run(folder, flag="--results-dir"):
     """Keep a run folder to this process until it ends in any way; UserError if another one has it. For the main rank.
 
     The lock is the record kind of POSIX, not flock: data workers, which outlive a killed trainer for seconds, do not
@@ -264,7 +264,7 @@ def lock_run(folder):
         file.close()
         raise UserError(
             f"{folder} is being written by another process{f' ({holder})' if holder else ''}; "
-            f"wait until it ends, or give another --results-dir"
+            f"wait until it ends, or give another {flag}"
         ) from None
     except OSError:  # a file system without locks
         file.close()

@@ -1,17 +1,11 @@
-"""Autoencoders and the latent cache, with a tiny AutoencoderKL loaded for real."""
+"""Autoencoders, with a tiny AutoencoderKL loaded for real."""
 
-import json
 import warnings
-from argparse import Namespace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from EqM.data import autoencoder as latents
-from EqM.data import files as data
-from EqM.data import latent_cache
 from EqM.engine.precision import Precision
 from EqM.run.errors import UserError
 
@@ -117,106 +111,3 @@ def test_an_autoencoder_that_cannot_be_had_is_one_line(tmp_path):
             (tmp_path / "config.json").write_text(config)
         with pytest.raises(UserError, match="neither ema, mse, none nor a folder"):
             latents.geometry(str(tmp_path))
-
-
-@pytest.fixture
-def encode(run_script, clip_folder, tiny_vae, tmp_path):
-    """encode(*flags): extract_latents.py on the small clips; the cache folder and the script's outcome."""
-
-    def run(*flags):
-        out = tmp_path / "cache"
-        return out, run_script(
-            "extract_latents", "--data-path", clip_folder, "--out", out, "--vae", tiny_vae, "--image-size", 16,
-            "--video", "--clip-len", 2, "--num-workers", 0, "--device", "cpu", "--batch-size", 3, *flags,
-        )  # fmt: skip
-
-    return run
-
-
-def cache_args(tiny_vae, **more):
-    settings = {"vae": tiny_vae, "image_size": 16, "video": True, "clip_len": 2, "flip": True, "global_seed": 0}
-    return Namespace(**{**settings, **more})
-
-
-def test_cache_holds_the_posteriors_of_plain_and_mirrored_files(encode, clip_folder, tiny_vae):
-    folder, result = encode()
-    assert result.code == 0, result.err
-    cache = latent_cache.LatentCache(folder, cache_args(tiny_vae))
-    paths, labels, names = data.find_files(clip_folder, clips=True)
-    files = data.LabelledFiles(paths, labels, names, 16, clip_len=2, flip=True)
-    vae = latents.load(tiny_vae, run_in())
-    assert (cache.class_names, list(cache.labels)) == (["jump", "run"], [0, 0, 1, 1])
-    assert sorted(path.name for path in folder.iterdir()) == ["cache.json", "done.npy", "labels.npy", "moments.npy"]
-    for epoch in range(3):
-        for index in range(4):
-            moments, label, bad = cache[epoch, index]
-            clip, expected_label, _ = files[epoch, index]
-            expected = vae.posterior(latents.to_pixels(clip[None]))[0]
-            assert (label, bad) == (expected_label, -1) and moments.dtype == torch.float16
-            torch.testing.assert_close(moments.float(), expected, rtol=2e-3, atol=2e-4)
-
-
-def test_an_interrupted_cache_is_refused_and_finished_by_running_again(encode, tiny_vae):
-    folder, _ = encode()
-    whole = np.load(folder / "moments.npy").copy()
-    moments, done = (np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in ("moments", "done"))
-    moments[1:3], done[1:3] = 0, False
-    moments.flush(), done.flush()
-    with pytest.raises(UserError, match="unfinished, 2 of 4"):
-        latent_cache.LatentCache(folder, cache_args(tiny_vae))
-    assert encode()[1].code == 0
-    assert np.array_equal(np.load(folder / "moments.npy"), whole)
-
-
-def test_bytes_per_item_are_those_of_the_array(encode):
-    folder, result = encode("--no-flip")
-    told = json.loads(result.out.strip().splitlines()[-1])
-    assert told["items"] == 4
-    assert np.load(folder / "moments.npy").nbytes == 4 * 1 * 2 * (4 * 2 * 4 * 4) * 2
-    assert told["bytes_per_item"] == sum(path.stat().st_size for path in Path(folder).iterdir()) // 4
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image_size": 32}, "--image-size 16, not 32"),
-        ({"clip_len": 4}, "--clip-len 2, not 4"),
-        ({"video": False}, "--video True, not False"),
-        ({"vae": "ema"}, "--vae .*, not ema"),
-    ],
-)
-def test_a_cache_of_something_else_is_refused(encode, tiny_vae, change, message):
-    folder, _ = encode()
-    with pytest.raises(UserError, match=message):
-        latent_cache.LatentCache(folder, cache_args(tiny_vae, **change))
-
-
-def test_a_cache_without_mirrored_copies_asks_for_no_flip(encode, tiny_vae):
-    folder, _ = encode("--no-flip")
-    with pytest.raises(UserError, match="--no-flip"):
-        latent_cache.LatentCache(folder, cache_args(tiny_vae))
-    plain = latent_cache.LatentCache(folder, cache_args(tiny_vae, flip=False))
-    assert torch.equal(plain[0, 1][0], plain[5, 1][0])
-
-
-def test_a_folder_that_holds_another_cache_is_left_alone(encode):
-    folder, _ = encode()
-    before = (folder / "moments.npy").read_bytes()
-    _, result = encode("--clip-len", 4)
-    assert result.code == 2 and "holds another cache" in result.err
-    assert (folder / "moments.npy").read_bytes() == before
-
-
-def test_what_is_no_cache_is_told(tmp_path, tiny_vae):
-    with pytest.raises(UserError, match="not a latent cache.*extract_latents.py"):
-        latent_cache.LatentCache(tmp_path, cache_args(tiny_vae))
-
-
-def test_a_worker_maps_the_file_itself(encode, tiny_vae):
-    import pickle
-
-    folder, _ = encode()
-    cache = latent_cache.LatentCache(folder, cache_args(tiny_vae))
-    sent = pickle.dumps(cache)
-    assert len(sent) < 3000, "the array itself does not travel"
-    assert torch.equal(pickle.loads(sent)[0, 2][0], cache[0, 2][0])
