@@ -114,8 +114,8 @@ def what_changed(saved, args, now, data=None):
 
 
 def _parts(now):
-    """What a checkpoint must hold besides weights for the next step to be the one it would have been."""
-    return ("opt", "schedule", "scaler") if now["precision"] == "fp16" else ("opt", "schedule")
+    """What a checkpoint must hold besides weights for the next step and log line to be what they would have been."""
+    return ("opt", "schedule", "meter", *(("scaler",) if now["precision"] == "fp16" else ()))
 
 
 def _other_end(saved, args, data):

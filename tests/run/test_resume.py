@@ -22,7 +22,7 @@ ARGS = {
 }  # fmt: skip
 DATA = {"items": 100, "digest": "abc"}
 NOW = {"precision": "fp16", "world_size": 2, "torch": "2.14", "device": "cpu", "class_names": ["cat", "dog"]}
-PARTS = {"opt": {}, "schedule": {}, "scaler": {}}
+PARTS = {"opt": {}, "schedule": {}, "meter": {}, "scaler": {}}
 SAVED = {"args": ARGS, "data": DATA, **PARTS, **NOW}
 OLD = {"args": ARGS, **PARTS, "precision": "fp16", "world_size": 2, "class_names": ["cat", "dog"]}  # knew no data yet
 
