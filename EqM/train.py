@@ -156,7 +156,8 @@ def open_run(args, ranks, trainer, meter, dataset):
     def open_folder():
         check_trackers(args)
         folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args)
-        return RunLog(folder, args, resume.lock_run(folder))
+        resume.lock_run(folder)
+        return RunLog(folder, args)
 
     log = distributed.on_main(ranks, open_folder, share=False) or RunLog(None, args)
     for note in dataset.notes:

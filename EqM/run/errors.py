@@ -15,6 +15,9 @@ class UserError(Exception):
     `cli.run` prints it on stderr without a traceback and exits with status 2.
     """
 
+    def __init__(self, message):
+        super().__init__(printable(message))  # names out of a file may hold the end of a line
+
 
 def reason(error):
     """The first line of an exception's message, or its type where it has none."""
@@ -23,8 +26,8 @@ def reason(error):
 
 
 def printable(text):
-    """A text in which what no UTF-8 file or terminal takes, as names of files may hold it, is spelt: `caf\\udce9`."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
+    """A text in which what no terminal or UTF-8 file takes, as names of files may hold it, is spelt: `caf\\udce9`."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def is_mendable(error):

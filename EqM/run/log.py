@@ -68,12 +68,11 @@ class RunLog:
     """Lines to the terminal and log.txt, figures of each logged step to metrics.csv, loss.png and trackers.
 
     folder: the run's; None keeps silent (ranks other than the main one). args: the run's, for the trackers
-    that args.wandb and args.tensorboard ask for. lock: resume.lock_run's, held as long as the log.
+    that args.wandb and args.tensorboard ask for.
     """
 
-    def __init__(self, folder, args, lock=None):
+    def __init__(self, folder, args):
         self.folder = folder
-        self.lock = lock
         self.trackers = []
         if folder is not None:
             self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115

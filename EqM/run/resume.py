@@ -114,8 +114,8 @@ def what_changed(saved, args, now, data=None):
 
 
 def _parts(now):
-    """What a checkpoint must hold besides weights for the next step to be the one it would have been."""
-    return ("opt", "schedule", "scaler") if now["precision"] == "fp16" else ("opt", "schedule")
+    """What a checkpoint must hold besides weights for the next step and log line to be what they would have been."""
+    return ("opt", "schedule", "meter", *(("scaler",) if now["precision"] == "fp16" else ()))
 
 
 def _other_end(saved, args, data):
@@ -206,15 +206,22 @@ class Choice:
 def choose(results_dir, args, data=None, required=False):
     """The newest good checkpoint of the newest run that is this one; for one rank, whose Choice all take.
 
-    Where no run matches, the Choice says what sets the newest one apart, or that it cannot be read, and with
-    `required` that is a UserError. Where one does, it says which newer checkpoints cannot be read.
+    Of several that are, one whose other settings agree too comes first, so that runs with several learning rates may
+    share a folder. Where no run matches, the Choice says what sets the newest one apart, or that it cannot be read, and
+    with `required` that is a UserError. Where one does, it says which newer checkpoints cannot be read.
     """
-    told, refused = "", []
+    told, refused, best = "", [], None
     for path, saved in checkpoint.found(results_dir, refused):
         differs = other_identity(saved, args, data)
-        if not differs:
-            return Choice(str(path), f"Passed over: {'; '.join(refused)}" if refused else "")
-        told = told or f"{path.parent.parent.name} is another run: {', '.join(differs)}"
+        if differs:
+            told = told or f"{path.parent.parent.name} is another run: {', '.join(differs)}"
+            continue
+        choice = Choice(str(path), f"Passed over: {'; '.join(refused)}" if refused else "")
+        if not any(_differs(name, saved["args"], args) for name in NUMBERS):
+            return choice
+        best = best or choice
+    if best:
+        return best
     told = told or "; ".join(refused)
     if required:
         raise UserError(

@@ -147,6 +147,12 @@ def test_weights_that_do_not_fit_are_told_with_a_few_keys_and_what_they_were_tra
         checkpoint.load_weights(tiny(), {}, "x.pt", {})
 
 
+def test_a_name_with_the_end_of_a_line_stays_in_one_line():
+    with pytest.raises(UserError, match=r"blocks\\n0 is not in this model") as error:
+        checkpoint.load_weights(tiny(), {**tiny().state_dict(), "blocks\n0": torch.zeros(1)}, "x.pt", {})
+    assert "\n" not in str(error.value)
+
+
 def test_an_optimizer_of_other_parameters_is_refused():
     adamw = optim.adamw(tiny(), 1e-4)
     other = torch.optim.AdamW([torch.zeros(2, requires_grad=True)])

@@ -22,7 +22,7 @@ ARGS = {
 }  # fmt: skip
 DATA = {"items": 100, "digest": "abc"}
 NOW = {"precision": "fp16", "world_size": 2, "torch": "2.14", "device": "cpu", "class_names": ["cat", "dog"]}
-PARTS = {"opt": {}, "schedule": {}, "scaler": {}}
+PARTS = {"opt": {}, "schedule": {}, "meter": {}, "scaler": {}}
 SAVED = {"args": ARGS, "data": DATA, **PARTS, **NOW}
 OLD = {"args": ARGS, **PARTS, "precision": "fp16", "world_size": 2, "class_names": ["cat", "dog"]}  # knew no data yet
 
@@ -207,7 +207,10 @@ def test_runs_of_several_kinds_share_a_folder(tmp_path):
     make_run(tmp_path, "001-EqM-B", disp=True)
     (tmp_path / "002-EqM-A/checkpoints").mkdir(parents=True)  # ended before its first checkpoint
     assert resume.choose(tmp_path, ARGS).path == path
-    with pytest.raises(UserError, match="holds no checkpoint of this configuration; 001-EqM-B is another.*seed 0 -> 1"):
+    fast, faster = (make_run(tmp_path, f"00{i}-EqM-A", lr=lr) for i, lr in [(3, 1e-3), (4, 1e-2)])
+    found = [resume.choose(tmp_path, {**ARGS, "lr": lr}).path for lr in (1e-4, 1e-3, 1e-2, 5.0)]
+    assert found == [path, fast, faster, faster], "its own, else the newest"
+    with pytest.raises(UserError, match="holds no checkpoint of this configuration; 004-EqM-A is another.*seed 0 -> 1"):
         resume.choose(tmp_path, {**ARGS, "global_seed": 1}, required=True)
 
 
