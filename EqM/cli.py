@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from EqM.data import autoencoder as latents
 from EqM.models import EBM_KINDS, EqM_models
+from EqM.run import errors
 from EqM.run.errors import UserError
 from EqM.samplers import SAMPLERS
 from EqM.transport import PATHS, PREDICTIONS
@@ -52,6 +53,7 @@ def complain(line, every_rank=True):
 
 def run(main):
     """Run a script's main; a UserError, or an OSError such as a full disk, is one line on stderr and exit status 2."""
+    errors.print_anything()
     try:
         main()
     except (UserError, OSError) as error:

@@ -1,4 +1,7 @@
-"""The one exception that means "the input is wrong", and how to say another in one line."""
+"""The one exception that means "the input is wrong", and how to say another, or a file's name, in one line."""
+
+import os
+import sys
 
 
 class UserError(Exception):
@@ -12,3 +15,16 @@ def reason(error):
     """The first line of an exception's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(path):
+    """A path or name that any terminal or file takes: bytes that are not UTF-8 as \\xff, control characters too."""
+    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def print_anything():
+    """Let this process print what its terminal's encoding lacks, as escapes, rather than end in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
