@@ -7,28 +7,12 @@ import sys
 
 import torch.distributed as dist
 
-from EqM.data import autoencoder as latents
+from EqM.architecture import MODEL_DEFAULTS
 from EqM.models import EBM_KINDS, EqM_models
 from EqM.run import errors
 from EqM.run.errors import UserError
 from EqM.samplers import SAMPLERS
 from EqM.transport import PATHS, PREDICTIONS
-
-# What a checkpoint's own args settle when sampling; the values are the published defaults.
-MODEL_DEFAULTS = {
-    "model": "EqM-XL/2",
-    "image_size": 256,
-    "num_classes": 1000,
-    "vae": "ema",
-    "uncond": True,
-    "ebm": "none",
-    "video": False,
-    "clip_len": 16,
-    "patch_frames": None,
-    "path_type": "Linear",
-    "prediction": "velocity",
-}
-
 
 LEFT_OUT = " (left out: as in the checkpoint)"
 
@@ -162,6 +146,9 @@ def add_runtime(parser):
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything random")
 
 
+DESCENT = ("sampler", "num_sampling_steps", "stepsize", "mu", "cfg_scale", "cfg_channels")  # what add_sampler adds
+
+
 def add_sampler(parser):
     """How to descend."""
     group = parser.add_argument_group("sampler")
@@ -175,56 +162,3 @@ def add_sampler(parser):
     group.add_argument(
         "--cfg-channels", type=positive_int, default=3, help="how many leading channels are guided, 3 as published"
     )
-
-
-def settle(args, trained_with):
-    """Fill in what the flags left open from the args a checkpoint was trained with, else the published defaults.
-
-    Raises UserError if a flag contradicts the checkpoint. Another autoencoder does not: the same one may lie elsewhere.
-    """
-    for name, default in MODEL_DEFAULTS.items():
-        given, trained = getattr(args, name), trained_with.get(name)
-        agree = given == trained or (name == "vae" and "none" not in (given, trained))
-        if given is not None and trained is not None and not agree:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag} {given} contradicts the checkpoint, which was trained with {trained}; leave it out"
-            )
-        setattr(args, name, given if given is not None else default if trained is None else trained)
-
-
-def build_model(args):
-    """The network the settled args describe, on the CPU in FP32. Raises UserError as check_geometry does."""
-    channels, input_size = check_geometry(args)
-    return EqM_models[args.model](
-        input_size=input_size,
-        num_classes=args.num_classes,
-        in_channels=channels,
-        uncond=args.uncond,
-        ebm=args.ebm,
-        patch_frames=args.patch_frames,
-    )
-
-
-def check_geometry(args):
-    """Raise UserError unless image size, clip length and patch fit each other and the autoencoder.
-
-    Returns (latent channels, model input size): an int, or (T, h, w) for clips.
-    """
-    channels, factor = latents.geometry(args.vae)
-    patch = int(args.model.split("/")[1])
-    if args.image_size % (factor * patch):
-        raise UserError(
-            f"--image-size {args.image_size} must be a multiple of {factor * patch}: "
-            f"the autoencoder divides it by {factor}, {args.model}'s patches by {patch}"
-        )
-    side = args.image_size // factor
-    if not args.video:
-        return channels, side
-    patch_frames = args.patch_frames or patch
-    if args.clip_len % patch_frames:
-        raise UserError(
-            f"--clip-len {args.clip_len} must be a multiple of the patch's {patch_frames} frames "
-            f"(--patch-frames sets another)"
-        )
-    return channels, (args.clip_len, side, side)

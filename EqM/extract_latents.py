@@ -58,7 +58,7 @@ def main():
     if args.image_size % factor:
         raise UserError(f"--image-size {args.image_size} must be a multiple of {factor}, by which the VAE divides it")
     ranks = distributed.setup(args.device)
-    run_in = precision.resolve(args, ranks.device)
+    run_in = precision.activate_flags(args, ranks.device)
     dataset = data.open_files(args, flip=False)
     side = args.image_size // factor
     frames = (args.clip_len,) if args.video else ()

@@ -6,18 +6,23 @@ Letters: N batch, C channels, T frames, H W height and width, L tokens, D hidden
 token grid, pt p p the patch.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EBM_KINDS = ("none", "dot", "mean", "l2")
 
 
-def sincos_1d(dim, positions):
+def sincos_1d(dim: int, positions: Tensor) -> Tensor:
     """Sine-cosine embedding of scalar positions, sines first.
 
     positions: (L,). Returns (L, dim) in float64; dim must be even. Frequencies are 10000^(-i / (dim / 2)).
@@ -28,15 +33,14 @@ def sincos_1d(dim, positions):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_grid(dim, grid):
+def sincos_grid(dim: int, grid: tuple[int, ...]) -> Tensor:
     """Fixed positional embedding of a token grid, in row-major token order.
 
     grid: (h, w) for images: the first half of dim encodes the column, the second the row (as published).
     grid: (t, h, w) for clips: three even parts of dim encode frame, row, column; what does not divide
     by six goes to the column. Returns (1, L, dim) in float32.
     """
-    axes = torch.meshgrid(*[torch.arange(size) for size in grid], indexing="ij")
-    axes = [axis.reshape(-1) for axis in axes]
+    axes = [axis.reshape(-1) for axis in torch.meshgrid(*[torch.arange(size) for size in grid], indexing="ij")]
     if len(grid) == 2:
         row, column = axes
         parts = [(dim // 2, column), (dim // 2, row)]
@@ -47,7 +51,7 @@ def sincos_grid(dim, grid):
     return torch.cat([sincos_1d(*part) for part in parts], dim=1).float().unsqueeze(0)
 
 
-def modulate(x, shift, scale):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x: (N, L, D); shift, scale: (N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
@@ -168,22 +172,24 @@ class EqM(nn.Module):
 
     def __init__(
         self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        num_classes=1000,
-        class_dropout_prob=0.1,
-        learn_sigma=True,
-        uncond=True,
-        ebm="none",
-        patch_frames=None,
+        input_size: int | tuple[int, int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        uncond: bool = True,
+        ebm: str = "none",
+        patch_frames: int | None = None,
     ):
         super().__init__()
         if ebm not in EBM_KINDS:
             raise ValueError(f"ebm is {ebm!r}; it must be one of {', '.join(EBM_KINDS)}")
+        size: tuple[int, ...]
+        patch: tuple[int, ...]
         if isinstance(input_size, int):
             size, patch = (input_size,) * 2, (patch_size,) * 2
         else:
@@ -224,7 +230,7 @@ class EqM(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def unpatchify(self, tokens):
+    def unpatchify(self, tokens: Tensor) -> Tensor:
         """(N, L, patch volume * C) -> (N, C, H, W) or (N, C, T, H, W); channels vary fastest in a token."""
         N, axes = tokens.shape[0], len(self.grid)
         x = tokens.reshape(N, *self.grid, *self.patch, self.out_channels)
@@ -232,14 +238,14 @@ class EqM(nn.Module):
         x = x.permute(0, 1 + 2 * axes, *pairs)
         return x.reshape(N, self.out_channels, *[g * p for g, p in zip(self.grid, self.patch, strict=True)])
 
-    def modulations(self, t, y):
+    def modulations(self, t: Tensor, y: Tensor) -> list[Tensor]:
         """All that time and label do: shifts, scales and gates of each block (N, 6 D), then of the end (N, 2 D)."""
         if self.uncond:
             t = torch.zeros_like(t)
         condition = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         return [layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer)]
 
-    def network(self, x, t, y):
+    def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The transformer alone: (output shaped and typed like x, list of block outputs (N, L, D))."""
         *of_blocks, of_end = self.modulations(t, y)
         tokens = self.x_embedder(x) + self.pos_embed
@@ -252,7 +258,7 @@ class EqM(nn.Module):
             out = out.chunk(2, dim=1)[0]
         return out.type_as(x), acts
 
-    def forward(self, x, t, y, return_act=False, get_energy=False):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, return_act: bool = False, get_energy: bool = False) -> Any:
         """The field at x.
 
         x: (N, C, H, W) or (N, C, T, H, W); t: (N,) in [0, 1]; y: (N,) labels, num_classes being the null label.
@@ -290,11 +296,13 @@ SIZES = {  # name: (depth, hidden size, heads); T is for tests and the demo
 }
 
 
-def _builder(depth, hidden_size, num_heads, patch_size):
-    def build(**kwargs):
+def _builder(depth: int, hidden_size: int, num_heads: int, patch_size: int) -> Callable[..., EqM]:
+    def build(**kwargs: Any) -> EqM:
         return EqM(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size, **kwargs)
 
     return build
 
 
-EqM_models = {f"EqM-{name}/{p}": _builder(*size, p) for name, size in SIZES.items() for p in (2, 4, 8)}
+EqM_models: dict[str, Callable[..., EqM]] = {
+    f"EqM-{name}/{p}": _builder(*size, p) for name, size in SIZES.items() for p in (2, 4, 8)
+}

@@ -20,18 +20,17 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import torch
 from tqdm import tqdm
 
-from EqM import cli, samplers
-from EqM.data import autoencoder as latents
+from EqM import architecture, cli
 from EqM.data import media
 from EqM.engine import acceleration, precision
-from EqM.run import checkpoint, distributed, seeds
+from EqM.pipeline import EqMPipeline
+from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError, reason
-from EqM.transport import Transport
 
 SHEET_SIZE = 64  # samples on the contact sheet
+NOISE = 2  # raised when the samples of a seed change; 1 until version 0.1
 WRITERS = 4  # threads that encode and write files
 
 
@@ -61,33 +60,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def pick_classes(wanted, class_names):
-    """Labels of --classes, given as names or numbers. Raises UserError for one that does not exist."""
-    picked = []
-    for text in wanted:
-        if text in class_names:
-            picked.append(class_names.index(text))
-        elif text.isdigit() and int(text) < len(class_names):
-            picked.append(int(text))
-        else:
-            shown = ", ".join(class_names[:8]) + (", ..." if len(class_names) > 8 else "")
-            raise UserError(f"--classes {text} is no class of this checkpoint, which has {len(class_names)}: {shown}")
-    return picked
-
-
-def label_of(seed, index, labels):
-    """Label of sample `index`. labels: taken in turn, or a number of classes to draw from."""
-    return seeds.mix(seed, index, 1) % labels if isinstance(labels, int) else labels[index % len(labels)]
-
-
 def recipe(args, ema, run_in):
     """All that a sample depends on besides its number, as samples.json keeps it."""
     names = (
-        *cli.MODEL_DEFAULTS, "sampler", "stepsize", "num_sampling_steps", "mu", "cfg_scale", "cfg_channels",
+        *architecture.MODEL_DEFAULTS, "sampler", "stepsize", "num_sampling_steps", "mu", "cfg_scale", "cfg_channels",
         "sample_eps", "classes", "global_seed", "vae_precision", "fps",
     )  # fmt: skip
     told = {name: getattr(args, name) for name in names}
-    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, **told}
+    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, "noise": NOISE, **told}
 
 
 def open_folder(folder, files, made_by, resume):
@@ -120,7 +100,7 @@ class Writers:
     def __init__(self, fps):
         self.fps = fps
         self.pool = ThreadPoolExecutor(WRITERS)
-        self.coming = None  # (paths, uint8 samples (N, 3, T, H, W) on their way to the CPU, fence)
+        self.coming = None  # (paths, uint8 samples (N, T, H, W, 3) on their way to the CPU, fence)
         self.writing = []
 
     def put(self, paths, samples, arrived):
@@ -131,7 +111,7 @@ class Writers:
         if self.coming is not None:
             before, pixels, fence = self.coming
             fence()
-            frames = pixels.permute(0, 2, 3, 4, 1).numpy()
+            frames = pixels.numpy()
             self.writing = [
                 self.pool.submit(media.save_sample, *each, self.fps) for each in zip(before, frames, strict=True)
             ]
@@ -147,67 +127,45 @@ class Writers:
 def main():
     args = parse_args()
     ranks = distributed.setup(args.device)
-    run_in = precision.resolve(args, ranks.device)
+    run_in = precision.activate_flags(args, ranks.device)
     saved = checkpoint.load(args.ckpt)
-    cli.settle(args, saved["args"])
-    class_names = saved.get("class_names") or [str(i) for i in range(args.num_classes)]
-    class_names = class_names + [str(i) for i in range(len(class_names), args.num_classes)]
-    labels = pick_classes(args.classes, class_names) if args.classes else args.num_classes
-    model = cli.build_model(args)
-    checkpoint.load_weights(model, saved["ema"], args.ckpt, saved["args"])
+    pipe = EqMPipeline.from_saved(saved, args.ckpt, args, run_in, compile=args.compile, tell=tqdm.write)
+    labels = pipe.labels(args.classes, range(args.num_fid_samples), args.global_seed)
 
     folder = Path(args.folder)
     suffix = args.clip_format if args.video else "png"
     files = [folder / f"{i:06d}.{suffix}" for i in range(args.num_fid_samples)]
     made_by = recipe(args, saved["ema"], run_in)
     todo = distributed.on_main(ranks, lambda: open_folder(folder, files, made_by, args.resume))
-
-    model = run_in.keep_islands(model.to(ranks.device).eval().requires_grad_(False))
-    run_in.cast_weights(model)
-    acceleration.apply(model, args, run_in, tqdm.write)
-    autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
-    transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
-    interval = transport.interval(transport.sample_eps)
-    mu = args.mu if args.sampler == "ngd" else 0.0
     batch_size = max(1, args.global_batch_size // ranks.world_size)
     indices = todo[ranks.rank :: ranks.world_size]
     if ranks.is_main:
         print(f"Precision: {run_in.reason}; {len(todo)} of {len(files)} samples to make")
 
-    def field(x, t, y):
-        with run_in.autocast():
-            return transport.field(model(x, t, y))
-
     writers = Writers(args.fps)
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
-        x = torch.stack([torch.randn(model.input_shape, generator=seeds.generator(args.global_seed, i)) for i in batch])
-        y = torch.tensor([label_of(args.global_seed, i, labels) for i in batch])
-        x, y = x.to(ranks.device), y.to(ranks.device)
         bar = partial(tqdm, desc=f"batch {start // batch_size + 1}", leave=False, disable=not ranks.is_main)
-        with torch.no_grad(), acceleration.modulated_once(model):
-            guided = samplers.guided(field, y, args.cfg_scale, args.num_classes, args.cfg_channels)
-            x = samplers.descend(guided, x, args.num_sampling_steps, args.stepsize, mu, interval, bar)
-            pixels = latents.to_uint8(autoencoder.decode(x))
-        samples = (pixels if args.video else pixels.unsqueeze(2)).to("cpu", non_blocking=True)
+        how = {name: getattr(args, name) for name in cli.DESCENT}
+        x = pipe.descend(pipe.noise(batch, args.global_seed), [labels[i] for i in batch], **how, progress=bar)
+        samples = media.as_clips(pipe.decode(x)).to("cpu", non_blocking=True)
         writers.put([files[i] for i in batch], samples, distributed.fence(ranks.device))
     writers.finish()
     distributed.barrier()
 
     if ranks.is_main:
-        drawn = [label_of(args.global_seed, i, labels) for i in range(len(files))]
-        finish(folder, files, drawn, class_names)
+        finish(folder, files, labels, pipe.class_names)
     distributed.cleanup()
 
 
-def finish(folder, files, drawn, class_names):
+def finish(folder, files, labels, class_names):
     """Write labels.csv and the contact sheet beside the samples, and for images the npz."""
     with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file", "label", "class"])
-        rows.writerows([path.name, label, class_names[label]] for path, label in zip(files, drawn, strict=True))
+        rows.writerows([path.name, label, class_names[label]] for path, label in zip(files, labels, strict=True))
     shown = [media.load_sample(path) for path in files[:SHEET_SIZE]]
-    media.contact_sheet(shown, [class_names[label] for label in drawn[:SHEET_SIZE]]).save(folder / "grid.png")
+    media.contact_sheet(shown, [class_names[label] for label in labels[:SHEET_SIZE]]).save(folder / "grid.png")
     print(f"Wrote {len(files)} samples, labels.csv and grid.png to {folder}")
     if files[0].suffix == ".png":
         archive = folder.with_name(folder.name + ".npz")

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=N EqM/train.py --data-path DIR --model EqM-XL/2 --use-bf16
     python EqM/train.py --data-path DIR --model EqM-S/4 --video --clip-len 4 --use-amp
 
-Reads top to bottom: arguments, data, what is resumed, the step (Trainer.step) and in main() the one loop of steps.
-Every precision takes the same path: autocast and the scaler do nothing where they are not needed.
+Reads top to bottom: arguments, data, what a checkpoint keeps, what is resumed, and in main() the one loop of steps.
+The step itself is Trainer.step in engine/trainer.py; every precision takes the same path.
 """
 
 import sys
@@ -15,22 +15,21 @@ if not __package__:  # run by its path: import the package beside this file, wha
     sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
 
 import argparse
-import math
 
 import torch
 from tqdm import trange
 
-from EqM import cli
-from EqM.data import autoencoder as latents
+from EqM import architecture, cli
+from EqM.data import autoencoder as autoencoders
 from EqM.data import files as data
 from EqM.data import latent_cache, loader
 from EqM.engine import acceleration, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
 from EqM.preview import Preview
-from EqM.run import checkpoint, distributed, seeds
-from EqM.run import log as run_log
+from EqM.run import checkpoint, distributed, resume, seeds
 from EqM.run.errors import UserError
+from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory
 from EqM.transport import LOSS_WEIGHTS
 
 
@@ -63,6 +62,9 @@ def parse_args(argv=None):
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
     group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
     group.add_argument("--auto-resume", action=switch, default=False, help="--ckpt latest where there is one")
+    group.add_argument(
+        "--allow-other-classes", action="store_true", help="go on with data whose class names are not the checkpoint's"
+    )
     group.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=cli.positive_int, default=50_000, help="steps between checkpoints")
     group.add_argument("--keep-checkpoints", type=cli.positive_int, help="remove all but this many newest")
@@ -77,7 +79,7 @@ def parse_args(argv=None):
         parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
-    cli.check_geometry(args)
+    architecture.check_geometry(args)
     return args
 
 
@@ -92,104 +94,124 @@ def open_dataset(args):
     return dataset
 
 
-def find_checkpoint(args):
-    """(path, content) of the checkpoint to go on from, or (None, None)."""
-    if args.ckpt and args.ckpt != "latest":
-        return args.ckpt, checkpoint.load(args.ckpt)
-    if not (args.ckpt or args.auto_resume):
-        return None, None
-    identity = [*cli.MODEL_DEFAULTS, "data_path", "latents", "loss_weight", "disp", "lr", "global_seed"]
-    found = checkpoint.newest(
-        args.results_dir, lambda theirs: all(theirs.get(key) == getattr(args, key) for key in identity)
-    )
-    if found is None and args.ckpt:
-        raise UserError(f"--ckpt latest: {args.results_dir} holds no checkpoint of this configuration")
-    return found or (None, None)
+class Saver:
+    """Call it with a step: it writes that step's checkpoint, for which every rank must call it."""
+
+    def __init__(self, args, ranks, trainer, meter, dataset, data, log):
+        self.args = args
+        self.ranks = ranks
+        self.trainer = trainer
+        self.meter = meter
+        self.dataset = dataset
+        self.data = data
+        self.log = log
+
+    def __call__(self, step):
+        trainer, log = self.trainer, self.log
+        trainer.guard.check(step, trainer.scaler.get_scale())
+        meter_state = self.meter.state_dict()
+        if not self.ranks.is_main:
+            return
+        checkpoint.save(log.folder / "checkpoints" / f"{step:07d}.pt", {
+            **{name: part.state_dict() for name, part in trainer.parts().items()},
+            "args": vars(self.args),
+            "step": step,
+            "epoch": step * self.args.global_batch_size // len(self.dataset),
+            "meter": meter_state,
+            "rng": {"global_seed": self.args.global_seed, "step": step},  # all there is: see seeds.py
+            "class_names": self.dataset.class_names,
+            "data": self.data,
+            **identity(trainer.run_in, self.ranks),
+        })  # fmt: skip
+        if self.args.keep_checkpoints:
+            checkpoint.prune(log.folder / "checkpoints", self.args.keep_checkpoints)
+        log.draw()
+        log.info(f"Saved checkpoint {step:07d}.pt")
 
 
-def restore(trainer, saved, path):
-    """Load every part a checkpoint has; returns the step it was saved at, 0 for published weights."""
-    parts = trainer.parts()
-    checkpoint.load_weights(parts["model"], saved["model"], path, saved["args"])
-    checkpoint.load_weights(parts["ema"], saved["ema"], path, saved["args"])
-    if "opt" in saved:
-        checkpoint.load_optimizer(parts["opt"], saved["opt"])
-    for name in ("scaler", "schedule", "guard"):
-        if saved.get(name):  # a scaler that was off has nothing to say
-            parts[name].load_state_dict(saved[name])
-    return saved.get("step", 0)
+def find_checkpoint(args, ranks, data):
+    """The resume.Choice of all ranks, which the main one makes, and what that checkpoint holds, or None."""
+    choice = resume.Choice(args.ckpt)
+    if args.ckpt == "latest" or (args.auto_resume and not args.ckpt):
+        required = args.ckpt == "latest"
+        choice = distributed.on_main(ranks, lambda: resume.choose(args.results_dir, vars(args), data, required))
+    saved = resume.load_on_all(choice.path, checkpoint.load, distributed.all_agree) if choice.path else None
+    return choice, saved
 
 
-def what_changed(args, saved, run_in, ranks):
-    """What makes a resumed run differ from one that was never stopped, as words; empty if nothing does."""
-    now = {"precision": run_in.name, "world_size": ranks.world_size}
-    then = {key: saved.get(key) for key in now}
-    for key in ("global_batch_size", "grad_accum_steps", "global_seed"):
-        now[key], then[key] = getattr(args, key), saved["args"].get(key)
-    return ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if then[key] != now[key])
+def open_run(args, ranks, trainer, meter, dataset):
+    """Go on from a checkpoint if there is one, and open the run's folder and log.
+
+    Returns (log, step to go on from, what a checkpoint says of the data).
+    """
+    data = distributed.on_main(ranks, dataset.digest)
+    choice, saved = find_checkpoint(args, ranks, data)
+    first_step = 0
+    in_found_run = saved is not None and choice.path != args.ckpt  # its folder was found, not named
+    if saved:
+        resume.check_classes(saved, dataset.class_names, args.allow_other_classes)
+        first_step = trainer.restore(saved, choice.path)
+        if first_step:
+            resume.check_goal(first_step, trainer.total_steps, choice.path, in_found_run)
+
+    def open_folder():
+        check_trackers(args)
+        folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args)
+        return RunLog(folder, args, resume.lock_run(folder))
+
+    log = distributed.on_main(ranks, open_folder, share=False) or RunLog(None, args)
+    for note in dataset.notes:
+        log.info(note)
+    log.info(f"Run folder {log.folder}; {len(dataset)} files of {len(dataset.class_names)} classes")
+    log.info(f"Precision: {trainer.run_in.reason}; {ranks.world_size} rank(s) on {ranks.device}")
+    size = sum(map(torch.numel, trainer.model.parameters()))
+    log.info(f"{args.model}: {size:,} parameters; steps {first_step} to {trainer.total_steps}")
+    if choice.message:
+        log.info(choice.message)
+    if saved and not first_step:
+        log.info(f"Going on from {choice.path}, not exactly as without a stop: weights only, from step 0")
+    elif saved:
+        now = {**identity(trainer.run_in, ranks), "class_names": dataset.class_names}
+        changed = resume.what_changed(saved, vars(args), now, data)
+        log.info(resume.going_on(choice.path, changed))
+        if not changed:
+            meter.load_state_dict(saved["meter"], ranks.rank)
+    return log, first_step, data
+
+
+def identity(run_in, ranks):
+    """What a resumed run must have in common with a checkpoint to be exact, besides its flags."""
+    return {
+        "precision": run_in.name,
+        "world_size": ranks.world_size,
+        "torch": str(torch.__version__),
+        "device": ranks.device.type,
+    }
 
 
 def main():
     args = parse_args()
     ranks = distributed.setup(args.device)
-    run_in = precision.resolve(args, ranks.device)
+    run_in = precision.activate_flags(args, ranks.device)
     dataset = open_dataset(args)
     loader.micro_batch_size(args, ranks)
-    total_steps = math.ceil(args.epochs * len(dataset) / args.global_batch_size)
-    total_steps = min(total_steps, args.max_steps or total_steps)
+    total_steps = resume.total_steps(vars(args), len(dataset))
 
     needs_autoencoder = not args.latents or (args.sample_every and ranks.is_main)
-    autoencoder = latents.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
+    autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
-    model = cli.build_model(args).to(ranks.device)
-    trainer = Trainer(args, model, run_in, total_steps)
-    meter, clock = run_log.Meter(ranks.device), run_log.Clock()
-
-    path, saved = find_checkpoint(args)
-    first_step = restore(trainer, saved, path) if saved else 0
-    goes_on = saved and path != args.ckpt  # in the folder of a run that was found, not named
-    run_folder = path.parent.parent if goes_on else distributed.on_main(ranks, lambda: run_log.new_run_folder(args))
-    log = run_log.RunLog(run_folder if ranks.is_main else None, args)
-    log.info(f"Run folder {run_folder}; {len(dataset)} files of {len(dataset.class_names)} classes")
-    log.info(f"Precision: {run_in.reason}; {ranks.world_size} rank(s) on {ranks.device}")
-    log.info(
-        f"{args.model}: {sum(map(torch.numel, model.parameters())):,} parameters; steps {first_step} to {total_steps}"
-    )
-    if saved:
-        changed = what_changed(args, saved, run_in, ranks) if first_step else "weights only, from step 0"
-        log.info(f"Going on from {path}, " + (f"not exactly as without a stop: {changed}" if changed else "exactly"))
-        if not changed:
-            meter.load_state_dict(saved["meter"], ranks.rank)
-
-    def save(step):
-        trainer.guard.check(step, trainer.scaler.get_scale())
-        meter_state = meter.state_dict()
-        if not ranks.is_main:
-            return
-        folder = run_folder / "checkpoints"
-        checkpoint.save(folder / f"{step:07d}.pt", {
-            **{name: part.state_dict() for name, part in trainer.parts().items()},
-            "args": vars(args),
-            "step": step,
-            "epoch": step * args.global_batch_size // len(dataset),
-            "meter": meter_state,
-            "rng": {"global_seed": args.global_seed, "step": step},  # all there is: see seeds.py
-            "class_names": dataset.class_names,
-            "precision": run_in.name,
-            "world_size": ranks.world_size,
-        })  # fmt: skip
-        if args.keep_checkpoints:
-            checkpoint.prune(folder, args.keep_checkpoints)
-        log.draw()
-        log.info(f"Saved checkpoint {step:07d}.pt")
-
+    model = architecture.build_model(args).to(ranks.device)
+    notes = []
+    trainer = Trainer(args, model, run_in, total_steps, ranks, notes.append)
+    meter, clock = Meter(ranks.device), Clock()
+    log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
+    for note in notes:
+        log.info(note)
+    save = Saver(args, ranks, trainer, meter, dataset, data, log)
     preview = None
     if args.sample_every and ranks.is_main:
-        preview = Preview(
-            run_folder, args, trainer.ema.model, trainer.transport, autoencoder, run_in, dataset.class_names
-        )
-    acceleration.apply(model, args, run_in, log.info)
-    trainer.network = distributed.data_parallel(model, ranks)
+        preview = Preview(log.folder, args, trainer, autoencoder, dataset.class_names)
+
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
     steps = trange(first_step + 1, total_steps + 1, initial=first_step, total=total_steps, disable=not ranks.is_main)
@@ -210,7 +232,7 @@ def main():
                 "Scale": scale,
                 "Skipped Steps": trainer.guard.check(step, scale),
                 "Samples": step * args.global_batch_size,
-                "Peak GiB": run_log.peak_memory(ranks.device),
+                "Peak GiB": peak_memory(ranks.device),
             })  # fmt: skip
         if preview and step % args.sample_every == 0:
             preview(step)

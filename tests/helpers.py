@@ -60,15 +60,15 @@ IMAGE_ARGS = {
 CLIP_ARGS = {**IMAGE_ARGS, "video": True, "clip_len": 4}
 
 
-def save_checkpoint(path, args, seed=0):
+def save_checkpoint(path, args, seed=0, names=NAMES):
     """A random network, saved as train.py would."""
     torch.manual_seed(seed)
     size = (4, 8, 8) if args.get("video") else 8
-    model = EqM_models["EqM-T/4"](input_size=size, num_classes=3, in_channels=3, ebm=args["ebm"])
+    model = EqM_models["EqM-T/4"](input_size=size, num_classes=len(names), in_channels=3, ebm=args["ebm"])
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05) if parameter.requires_grad else None
     weights = model.state_dict()
-    checkpoint.save(path, {"model": weights, "ema": weights, "args": args, "class_names": NAMES, "step": 3})
+    checkpoint.save(path, {"model": weights, "ema": weights, "args": args, "class_names": names, "step": 3})
     return path
 
 

@@ -161,6 +161,27 @@ def test_a_flag_that_is_missing_is_one_line(run_script):
         assert flag in result.err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "EqM-Q/3"),
+        ("model", 5),
+        ("ebm", "cubed"),
+        ("image_size", "8"),
+        ("video", "no"),
+        ("path_type", "Square"),
+    ],
+)
+def test_a_checkpoint_whose_args_make_no_sense_is_one_line(run_script, tmp_path, name, value):
+    path = save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS)
+    content = checkpoint.load(path)
+    content["args"][name] = value
+    checkpoint.save(path, content)
+    result = run_script("sample_gd", "--ckpt", path, "--folder", tmp_path / "out", "--device", "cpu")
+    assert result.code == 2 and f"the checkpoint's {name} is {value!r}" in result.err
+    assert "Traceback" not in result.err and not (tmp_path / "out").exists()
+
+
 def test_only_one_rank_tells_a_bad_argument(run_script, base, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     result = run_script("train", *base["train"], "--lr", "x")
@@ -281,8 +302,7 @@ ranks = distributed.setup("cpu")
 run_in = precision.Precision("fp16", ranks.device, "test", rounded=True)
 torch.manual_seed(0)
 model = EqM_models["EqM-T/4"](input_size=8, num_classes=2)
-trainer = Trainer(train.parse_args(["--latents", "none", "--lr", "1e-2"]), model, run_in, 2)
-trainer.network = distributed.data_parallel(model, ranks)
+trainer = Trainer(train.parse_args(["--latents", "none", "--lr", "1e-2"]), model, run_in, 2, ranks)
 def weights():
     return torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item()
 start, seen = weights(), []

@@ -21,7 +21,7 @@ def test_gd_makes_one_update_less_than_points():
 
 def test_ngd_evaluates_at_the_point_that_momentum_leads_to():
     x = torch.randn(2, 3, dtype=torch.float64)
-    result = samplers.descend(spring, x, points=6, stepsize=0.1, mu=0.3)
+    result = samplers.descend(spring, x, points=6, stepsize=0.1, sampler="ngd", mu=0.3)
     m = torch.zeros_like(x)
     for _ in range(5):
         m = spring(x + 0.1 * 0.3 * m, None)
@@ -31,13 +31,13 @@ def test_ngd_evaluates_at_the_point_that_momentum_leads_to():
 
 def test_ngd_without_momentum_is_gd():
     x = torch.randn(2, 3)
-    assert torch.equal(samplers.descend(spring, x, 9, 0.1, mu=0.0), samplers.descend(spring, x, 9, 0.1))
+    assert torch.equal(samplers.descend(spring, x, 9, 0.1, "ngd", mu=0.0), samplers.descend(spring, x, 9, 0.1))
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3])
 def test_both_samplers_reach_the_bottom_of_a_bowl(mu):
     x = torch.randn(4, 8)
-    torch.testing.assert_close(samplers.descend(spring, x, 200, 0.1, mu), torch.ones(4, 8), atol=1e-6, rtol=0)
+    torch.testing.assert_close(samplers.descend(spring, x, 200, 0.1, "ngd", mu), torch.ones(4, 8), atol=1e-6, rtol=0)
 
 
 def test_time_runs_evenly_from_the_start_of_the_interval():

@@ -1,15 +1,14 @@
 """train.py as its command line runs it, on images as pixels: what it writes, resumes, survives and refuses."""
 
-import copy
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from EqM import train as train_script
 from EqM.engine.precision import FLAGS as PRECISIONS
-from EqM.engine.precision import Precision
-from EqM.engine.trainer import Trainer
 from EqM.models import EqM_models
 from EqM.run import checkpoint
-from EqM.run import log as run_log
 from helpers import REPO, assert_same_checkpoint, leaves, train_args
 
 TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
@@ -124,8 +119,55 @@ def test_auto_resume_starts_goes_on_and_then_has_nothing_to_do(train):
     assert first.folder == second.folder == third.folder
     assert "steps 2 to 3" in second.out and "steps 3 to 3" in third.out
     assert third.code == 0 and len(third.checkpoints) == 2
-    other = train(*flags, "--lr", 5e-4)
-    assert other.folder != first.folder, "another configuration is another run"
+    too_few = train(*flags)
+    assert too_few.code == 2 and "is at step 3 already, and this run would end at 2" in too_few.err
+    smaller = train(*flags, "--max-steps", 4, "--lr", 5e-5)
+    assert smaller.folder == first.folder and "not exactly as without a stop: lr 0.0001 -> 5e-05" in smaller.out
+    other = train(*flags, "--global-seed", 1)
+    assert (
+        other.folder != first.folder and "000-EqM-T-4-Linear-velocity-None is another run: global_seed 0" in other.out
+    )
+
+
+@pytest.mark.parametrize("spelled", ["data/", "./data", "absolute", "--num-classes"])
+def test_the_same_data_written_another_way_is_the_same_run(train, image_folder, tmp_path, monkeypatch, spelled):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(image_folder)
+    flags = ["--auto-resume", "--epochs", 50]
+    first = train(*flags, data="data")
+    more = ["--num-classes", 2] if spelled == "--num-classes" else []
+    place = {"absolute": tmp_path / "data", "--num-classes": "data"}.get(spelled, spelled)
+    second = train(*flags, *more, "--max-steps", 3, data=place)
+    assert second.code == 0 and second.folder == first.folder and ", exactly" in second.out
+
+
+def test_data_that_changed_is_named_and_classes_that_changed_are_refused(train, image_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    first = train("--epochs", 50, data=data)
+    resume = ["--epochs", 50, "--max-steps", 3, "--ckpt", first.checkpoints[0]]
+    assert ", exactly" in train(*resume, data=data, root="same").out
+    (data / "cat" / "2.png").unlink()
+    assert "data 6 -> 5 items" in train(*resume, data=data, root="fewer").out
+    (data / "cat").rename(data / "owl")  # so that what was label 0 is label 1
+    refused = train(*resume, data=data, root="renamed")
+    assert refused.code == 2 and "'cat' gone and 'owl' new" in refused.err and not (tmp_path / "renamed").exists()
+    allowed = train(*resume, "--allow-other-classes", data=data, root="renamed")
+    assert allowed.code == 0 and "class_names: other classes" in allowed.out
+
+
+def test_a_run_folder_has_one_writer(train, image_folder, tmp_path):
+    process = start(image_folder, tmp_path / "runs", *LONG, "--ckpt-every", 1, "--auto-resume", until="Saved")
+    try:
+        second = train(*LONG, "--auto-resume")
+        assert second.code == 2 and "is being written by another process" in second.err
+    finally:
+        process.kill()
+        process.communicate()
+    flags = ["--auto-resume", "--epochs", 10**6, "--log-every", 1, "--max-steps", 100_000]
+    again = start(image_folder, tmp_path / "runs", *flags, until="Going on from")
+    again.kill()
+    again.communicate()
 
 
 def test_latest_without_a_checkpoint_is_told(train):
@@ -282,44 +324,3 @@ def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, na
     assert [path.name for path in sheets] == ["0000002.png", "0000004.png"]
     first, second = (np.asarray(Image.open(path)) for path in sheets)
     assert first.shape == second.shape and not np.array_equal(first, second)
-
-
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_a_step_whose_loss_is_infinite_changes_nothing_but_the_scale(name):
-    args = train_script.parse_args(["--latents", "none", "--lr-schedule", "cosine", "--warmup-steps", "2"])
-    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
-    trainer = Trainer(args, model, Precision(name, torch.device("cpu"), "test", rounded=True), 10)
-    good = (torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long))
-    assert trainer.step(iter([good]))[2] == 1
-
-    def state():
-        parts = {key: part.state_dict() for key, part in trainer.parts().items() if key not in ("scaler", "guard")}
-        return copy.deepcopy(parts)
-
-    before, scale = state(), trainer.scaler.get_scale()
-    assert trainer.step(iter([(good[0] * torch.inf, good[1])]))[2] == 0
-    for (path, a), (_, b) in zip(leaves(before), leaves(state()), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
-    assert trainer.scaler.get_scale() == (scale / 2 if name == "fp16" else scale)
-    assert trainer.step(iter([good]))[2] == 1 and trainer.guard.skipped == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_a_step_never_waits_for_the_gpu(name):
-    device = torch.device("cuda")
-    words = "--latents none --max-grad-norm 1 --lr-schedule cosine --warmup-steps 2 --grad-accum-steps 2 --disp"
-    args = train_script.parse_args(words.split())
-    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3).to(device)
-    trainer = Trainer(args, model, Precision(name, device, "test"), 10)
-    inputs = repeat((torch.randn(4, 4, 8, 8, device=device), torch.zeros(4, dtype=torch.long, device=device)))
-    meter = run_log.Meter(device)
-    trainer.step(inputs)  # the first allocates
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss, _, applied = trainer.step(inputs)
-        meter.add("loss", loss, applied)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert meter.means()["loss"] > 0

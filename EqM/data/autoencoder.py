@@ -11,7 +11,6 @@ import warnings
 
 import torch
 
-from EqM.engine import precision
 from EqM.run.errors import UserError, reason
 
 SD_SCALE = 0.18215  # standard deviation of Stable Diffusion's latents, inverted (arXiv 2112.10752)
@@ -54,6 +53,8 @@ class PixelSpace:
     def encode(self, pixels):
         return pixels
 
+    mean = encode
+
     def decode(self, latents):
         return latents
 
@@ -77,6 +78,10 @@ class VAE:
     def encode(self, pixels):
         """Draw latents (N, C, [T,] h, w) from the posterior of pixels (N, 3, [T,] H, W)."""
         return draw(self.posterior(pixels))
+
+    def mean(self, pixels):
+        """The posterior's mean, (N, C, [T,] h, w), of pixels (N, 3, [T,] H, W)."""
+        return self.posterior(pixels)[:, 0]
 
     @torch.no_grad()
     def posterior(self, pixels):
@@ -106,7 +111,7 @@ class VAE:
             result = function().float().contiguous()  # noise drawn like it follows the order in memory
         if self.run_in.name == "fp16" and not torch.isfinite(result).all():
             warnings.warn("the autoencoder overflows in FP16; it goes on in FP32 (--vae-precision fp32)", stacklevel=2)
-            self.run_in = precision.fp32(result.device)
+            self.run_in = self.run_in.in_fp32()
             return self._run(function)
         return result
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from EqM.data.clips import decode_clip
 from EqM.data.media import UNREADABLE
-from EqM.run import seeds
+from EqM.run import resume, seeds
 from EqM.run.errors import UserError, printable
 
 CLIP_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
@@ -120,15 +120,21 @@ class LabelledFiles(Dataset):
         self.paths = np.array([os.fsencode(path) for path in paths])  # one block, which workers share
         self.labels = np.array(labels)
         self.class_names = class_names
+        self.notes = []
         self.size = size
         self.clip_len = clip_len
         self.frame_interval = frame_interval
         self.flip = flip
         self.seed = seed
-        self.notes = []
 
     def __len__(self):
         return len(self.paths)
+
+    def digest(self):
+        """What a checkpoint keeps of the data (resume.data_digest); names are relative to the files' common folder."""
+        folder = os.path.commonprefix(list(self.paths)).rpartition(os.fsencode(os.sep))[0]
+        names = [path[len(folder) :] for path in self.paths]
+        return resume.data_digest(names, self.labels, list(map(os.fsdecode, self.paths)))
 
     def path(self, index):
         return os.fsdecode(self.paths[index])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from EqM.run import seeds
+from EqM.run import resume, seeds
 from EqM.run.errors import UserError
 
 KEY = ("vae", "image_size", "video", "clip_len")  # what training's own flags must agree with
@@ -49,6 +49,7 @@ class LatentCache(Dataset):
         if args.flip and copies == 1:
             raise UserError(f"--latents {folder} has no mirrored copies; train from it with --no-flip")
         self.class_names = meta["class_names"]
+        self.notes = []
         self.flip = args.flip
         self.seed = args.global_seed
 
@@ -62,6 +63,10 @@ class LatentCache(Dataset):
 
     def __len__(self):
         return len(self.labels)
+
+    def digest(self):
+        """What a checkpoint keeps of the data: see resume.data_digest."""
+        return resume.data_digest([b""] * len(self), self.labels)
 
     def __getitem__(self, key):
         epoch, index = key

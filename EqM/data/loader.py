@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from EqM.data.autoencoder import draw, to_pixels
 from EqM.run import seeds
+from EqM.run.distributed import SharedSet
 from EqM.run.errors import UserError, printable, reason
-from EqM.run.shared import SharedSet
 
 
 def micro_batch_size(args, ranks):

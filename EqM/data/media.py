@@ -74,6 +74,11 @@ def save_npz(path, images):
                 file.write(frames[0].tobytes())
 
 
+def as_clips(samples):
+    """Images (N, H, W, 3) as clips of one frame, (N, 1, H, W, 3); clips pass."""
+    return samples if samples.ndim == 5 else samples[:, None]
+
+
 def contact_sheet(samples, names, columns=None, scale_to=96):
     """One picture of many samples, each labelled with its name; the frames of a clip stand side by side.
 

@@ -21,15 +21,6 @@ def add_compile(parser):
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks; the first step takes long")
 
 
-def apply(model, args, run_in, tell):
-    """Do what the flags ask for. args may lack grad_checkpointing (sampling). tell: where a fallback is said."""
-    checkpointing = getattr(args, "grad_checkpointing", False)
-    if args.compile:
-        compile_blocks(model, run_in, tell, checkpointing)
-    if checkpointing:
-        checkpoint_blocks(model, run_in)
-
-
 def compile_blocks(model, run_in, tell, checkpointing=False):
     """Compile each block in place; state dict and eager copies of the model are not affected.
 

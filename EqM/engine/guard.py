@@ -20,11 +20,26 @@ class StepGuard:
         self.streak = torch.zeros((), device=precision.device)
 
     def judge(self, grad_norm):
-        """grad_norm: 0-dim. Returns 1.0 if it is finite and the step is to be taken, else 0.0, 0-dim."""
+        """grad_norm: 0-dim, of the gradients of the loss itself. Returns 1.0 if it is finite, and the step is to be
+        taken, else 0.0, 0-dim. See `tell`.
+        """
         applied = torch.isfinite(grad_norm).float()
         self.skipped += 1 - applied
         self.streak = (self.streak + 1) * (1 - applied)
         return applied
+
+    @staticmethod
+    def tell(applied, optimizer, scaler):
+        """Make what was judged the verdict of the fused optimizer and of a GradScaler that has unscaled its gradients.
+
+        Left alone, the scaler looks at each gradient and not at the norm, which overflows where they do not: then
+        weights would move and EMA and schedule would not.
+        """
+        if not scaler.is_enabled():
+            optimizer.found_inf = 1 - applied  # skips inside its kernel, so nobody has to ask
+            return
+        for found in scaler._found_inf_per_device(optimizer).values():  # there is no public way to it
+            found.copy_(1 - applied)
 
     def state_dict(self):
         return {"skipped": self.skipped, "streak": self.streak}

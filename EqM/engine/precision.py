@@ -6,7 +6,6 @@ where the time goes. BF16 has FP32's range and needs nothing more. FP16 has more
 6e-8, so a GradScaler multiplies the loss before the backward pass and divides the gradients after it.
 """
 
-from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -51,6 +50,10 @@ class Precision:
     def dtype(self):
         return DTYPES[self.name]
 
+    def in_fp32(self):
+        """Plain FP32 on the same device."""
+        return fp32(self.device)
+
     @contextmanager
     def autocast(self):
         """Run the network here; keep losses, sums and weight updates outside."""
@@ -70,7 +73,12 @@ class Precision:
 
         They are 0.2 % of the operations of EqM-XL/2 and most of the error: shift, scale and gate are the same at every
         step of a sampler, so that their rounding adds up where that of attention and MLPs averages out.
+        Raises LookupError if the network has no module of one of these names: it would be 16-bit unnoticed.
         """
+        parts = {name.split(".")[-1] for name, _ in network.named_modules()}
+        missing = [name for name in ISLANDS if name not in parts]
+        if missing:
+            raise LookupError(f"the network has no {', '.join(missing)}, which precision.ISLANDS keeps in FP32")
         if self.name == "fp32":
             return network
         # Methods, not closures: a deep copy of the network binds its own.
@@ -105,27 +113,36 @@ def _forward_in_fp32(module, *args, **kwargs):
         return type(module).forward(module, *args, **kwargs)
 
 
-def resolve(args, device):
-    """The Precision that the flags ask for on this device. Sets TF32 on a GPU.
+def name_of(args):
+    """The precision that the flags ask for: fp32, bf16 or fp16."""
+    return "bf16" if args.use_bf16 else "fp16" if args.use_amp else "fp32"
 
-    Raises UserError if the GPU has no BF16.
+
+def activate_flags(args, device):
+    """The Precision that the flags ask for: see activate."""
+    return activate(name_of(args), device, tf32=not args.no_tf32)
+
+
+def activate(name, device, tf32=True):
+    """The Precision of this name on this device; on a GPU, TF32 is switched for the whole process as it wants it.
+
+    tf32: whether FP32 products may be TF32. Raises UserError if the GPU has no BF16.
     """
     if device.type == "cuda":
         # Only ever set, never read: reading raises once the old and the new API have both been used.
-        sixteen_bit = args.use_bf16 or args.use_amp  # there FP32 products are the islands', whose digits count
-        torch.set_float32_matmul_precision("highest" if args.no_tf32 or sixteen_bit else "high")
-        torch.backends.cudnn.allow_tf32 = not args.no_tf32
+        # In a 16-bit run FP32 products are the islands', whose digits count.
+        torch.set_float32_matmul_precision("high" if tf32 and name == "fp32" else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
         card = torch.cuda.get_device_name(device)
-        if args.use_bf16:
+        if name == "bf16":
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise UserError(f"--use-bf16: {card} has no BF16 units; --use-amp runs in FP16 there")
             return Precision("bf16", device, f"BF16 autocast on {card}, no gradient scaling needed")
-        if args.use_amp:
+        if name == "fp16":
             return Precision("fp16", device, f"FP16 autocast on {card}, with gradient scaling")
-        products = "IEEE FP32 (--no-tf32)" if args.no_tf32 else "TF32 where the card has it"
+        products = "TF32 where the card has it" if tf32 else "IEEE FP32 (--no-tf32)"
         return Precision("fp32", device, f"FP32 on {card}, matrix products in {products}")
 
-    name = "bf16" if args.use_bf16 else "fp16" if args.use_amp else "fp32"
     if name == "fp32":
         return Precision(name, device, f"FP32 on {device.type}, no TF32 there")
     kind = name.upper() + " autocast" + (" with gradient scaling" if name == "fp16" else "")
@@ -135,11 +152,6 @@ def resolve(args, device):
         return Precision(name, device, f"{kind} on a CPU that computes in {name.upper()}")
     slow = f"a CPU without {name.upper()} units: same rounding, but slower than FP32"
     return Precision(name, device, f"{kind} on {slow}", rounded=True)
-
-
-def named(name, device, tf32=True):
-    """The Precision that the flags of this name resolve to."""
-    return resolve(Namespace(use_bf16=name == "bf16", use_amp=name == "fp16", no_tf32=not tf32), device)
 
 
 def of_vae(args, run_in):

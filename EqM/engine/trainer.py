@@ -5,23 +5,29 @@ from contextlib import nullcontext
 import torch
 
 from EqM.engine import optimizer as optim
+from EqM.engine import prepare
 from EqM.engine.ema import EMA
 from EqM.engine.guard import StepGuard
+from EqM.run import checkpoint
 from EqM.transport import Transport, dispersive_loss
 
 
 class Trainer:
     """A model with everything that changes it, and the step they make together, the same in every precision.
 
-    args: lr, ema_decay, max_grad_norm and the rest of what parse_args settles. model: on its device, in FP32.
-    run_in: the Precision. network: the model as it is called, which data_parallel may wrap.
+    args: lr, ema_decay, max_grad_norm and the rest of what train.py's flags settle. model: on its device, in FP32.
+    run_in: the Precision. ranks: the processes that step together, None for this one. tell: called with a line where a
+    flag has no effect.
+    network: the model as it is called.
     """
 
-    def __init__(self, args, model, run_in, total_steps):
+    def __init__(self, args, model, run_in, total_steps, ranks=None, tell=print):
         self.args = args
         self.run_in = run_in
-        self.model = self.network = run_in.keep_islands(model.train())
-        self.ema = EMA(model, args.ema_decay)
+        self.total_steps = total_steps
+        self.model = model
+        self.ema = EMA(model, args.ema_decay)  # a copy of the network before anything is done to it
+        self.network = prepare.for_training(model, run_in, args, ranks, tell)
         self.optimizer = optim.adamw(model, args.lr)
         self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
         self.scaler = run_in.grad_scaler()
@@ -34,6 +40,21 @@ class Trainer:
             "model": self.model, "ema": self.ema.model, "opt": self.optimizer, "scaler": self.scaler,
             "schedule": self.schedule, "guard": self.guard,
         }  # fmt: skip
+
+    def restore(self, saved, path):
+        """Load every part that a checkpoint has; returns the step it was saved at, 0 for published weights.
+
+        saved: as checkpoint.load gives it, from path. Raises UserError if it does not fit.
+        """
+        parts = self.parts()
+        checkpoint.load_weights(parts["model"], saved["model"], path, saved["args"])
+        checkpoint.load_weights(parts["ema"], saved["ema"], path, saved["args"])
+        if "opt" in saved:
+            checkpoint.load_optimizer(parts["opt"], saved["opt"])
+        for name in ("scaler", "schedule", "guard"):
+            if saved.get(name):  # a scaler that was off has nothing to say
+                parts[name].load_state_dict(saved[name])
+        return saved.get("step", 0)
 
     def step(self, stream):
         """Train on the next micro-batches of a stream of (latents, labels), without waiting for the device.
@@ -58,7 +79,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)  # before the norm, so that clipping sees gradients of the loss itself
         grad_norm = optim.clip_gradients(self.model, self.args.max_grad_norm)
         applied = self.guard.judge(grad_norm)
-        self.optimizer.found_inf = 1 - applied  # a fused optimizer skips inside its kernel, so nobody has to ask
+        self.guard.tell(applied, self.optimizer, self.scaler)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.advance(applied)

@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from EqM import cli
+from EqM import architecture, cli
 from EqM.engine import acceleration
 from EqM.measure.contenders import OURS, PRECISIONS, RECIPES, resolve
 from EqM.measure.report import machine, table
@@ -59,7 +59,7 @@ def parse_args():
     acceleration.add_flags(parser)
     args = parser.parse_args()
     args.vae, args.patch_frames, args.ebm = "ema", None, "none"
-    cli.check_geometry(args)
+    architecture.check_geometry(args)
     return args
 
 

@@ -34,6 +34,9 @@ from EqM.run.errors import UserError, reason
 
 REPO = Path(__file__).resolve().parents[2]
 DATASETS = REPO / "datasets"
+if not DATASETS.is_dir():  # an installed package has no demo set, which this compares on unless told otherwise
+    cli.complain("compare_precisions: error: the demo set is not here; run it from a checkout of the repository")
+    sys.exit(2)
 sys.path.append(str(DATASETS))
 
 import score_demo

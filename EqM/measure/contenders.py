@@ -4,7 +4,6 @@ Inputs are random unless files are given, and the autoencoder is Stable Diffusio
 nothing is downloaded.
 """
 
-import argparse
 import tempfile
 from itertools import repeat
 from pathlib import Path
@@ -16,22 +15,23 @@ from EqM import samplers, train
 from EqM.data import autoencoder as latents
 from EqM.data import files as data
 from EqM.data import latent_cache, loader, media
-from EqM.engine import acceleration, precision
+from EqM.engine import precision, prepare
 from EqM.engine.ema import EMA
 from EqM.engine.trainer import Trainer
 from EqM.models import EqM_models
+from EqM.pipeline import EqMPipeline
 from EqM.run import distributed
 from EqM.transport import Transport
 
 PRECISIONS = (*precision.FLAGS, "fp32-ieee")  # the last: FP32 without TF32
 CHANNELS, FACTOR, CLASSES = 4, 8, 1000  # of Stable Diffusion's latents; of ImageNet
-SAMPLING_POINTS = 6
+SAMPLING_POINTS, STEPSIZE, CFG_SCALE = 6, 0.0017, 1.5
 FILES = 8  # made for the work `encoding`, and read again and again
 
 
 def resolve(name, device):
     """The Precision of a contender; sets TF32 as it wants it."""
-    return precision.named(name.removesuffix("-ieee"), device, tf32=not name.endswith("-ieee"))
+    return precision.activate(name.removesuffix("-ieee"), device, tf32=not name.endswith("-ieee"))
 
 
 def random_batch(args, device):
@@ -78,6 +78,8 @@ def train_args(args, source):
     video = ["--video", "--clip-len", args.clip_len] if args.video else []
     words = ["--model", args.model, "--image-size", args.image_size, "--num-workers", args.num_workers, *video]
     words += ["--global-batch-size", args.batch_size, *source]
+    words += ["--compile"] if args.compile else []
+    words += ["--grad-checkpointing"] if args.grad_checkpointing else []
     return train.parse_args([str(word) for word in words])
 
 
@@ -88,7 +90,6 @@ class Training:
         settled = train_args(args, ["--latents", "none"])
         self.trainer = Trainer(settled, build(args, run_in), run_in, total_steps=1)
         self.model = self.trainer.model
-        acceleration.apply(self.model, args, run_in, print)
         self.inputs = inputs
 
     def __call__(self):
@@ -131,37 +132,32 @@ class Sampling:
     """Guided gradient descent, SAMPLING_POINTS - 1 updates, as sample_gd.py does it."""
 
     def __init__(self, args, run_in):
-        self.model = build(args, run_in).eval().requires_grad_(False)
-        self.autocast = run_in.autocast
+        self.model = prepare.for_sampling(build(args, run_in), run_in, args.compile)
+        self.pipe = EqMPipeline(self.model, run_in)
         self.x, self.y = random_batch(args, run_in.device)
-        self.prepare(args, run_in)
 
-    def prepare(self, args, run_in):
-        run_in.cast_weights(run_in.keep_islands(self.model))
-        acceleration.apply(self.model, argparse.Namespace(compile=args.compile), run_in, print)
+    def __call__(self):
+        return self.pipe.descend(
+            self.x, self.y, num_sampling_steps=SAMPLING_POINTS, stepsize=STEPSIZE, cfg_scale=CFG_SCALE
+        )
+
+
+class PlainSampling:
+    """The same descent under plain autocast, which casts every weight at every call."""
+
+    def __init__(self, args, run_in):
+        self.run_in = run_in
+        self.model = build(args, run_in).eval().requires_grad_(False)
+        self.x, self.y = random_batch(args, run_in.device)
 
     def field(self, x, t, y):
-        with self.autocast():
+        with plain_autocast(self.run_in):
             return self.model(x, t, y)
 
     @torch.no_grad()
-    def descend(self):
-        guided = samplers.guided(self.field, self.y, 1.5, CLASSES)
-        return samplers.descend(guided, self.x, SAMPLING_POINTS, 0.0017)
-
     def __call__(self):
-        with acceleration.modulated_once(self.model):
-            return self.descend()
-
-
-class PlainSampling(Sampling):
-    """The same descent under plain autocast, which casts every weight at every call."""
-
-    def prepare(self, args, run_in):
-        self.autocast = lambda: plain_autocast(run_in)
-
-    def __call__(self):
-        return self.descend()
+        field = samplers.guided(self.field, self.y, CFG_SCALE, CLASSES)
+        return samplers.descend(field, self.x, SAMPLING_POINTS, STEPSIZE)
 
 
 class Encoding:

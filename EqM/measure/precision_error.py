@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from EqM import cli, samplers
+from EqM import architecture, cli, samplers
 from EqM.data import autoencoder as latents
 from EqM.data import files as data
 from EqM.data import latent_cache, loader
 from EqM.engine import precision
 from EqM.measure.report import table
+from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed, seeds
 from EqM.run.errors import UserError, reason
 from EqM.transport import PathPoint, Transport, dispersive_loss
@@ -112,7 +113,7 @@ def _with_network(vae, network, run_in=None):
 
 
 @contextmanager
-def only(model, kind, run_in):
+def part_in_precision(model, kind, run_in):
     """Run one kind of module in a precision, and all else of the model in the dtype of its weights."""
     modules = [module for name, module in model.named_modules() if name.split(".")[-1] == kind]
     before = [vars(module).get("forward") for module in modules]
@@ -193,7 +194,7 @@ def _forward(subject, run_in):
         hook.remove()
     rows["field"] = field
     for words, kind in PARTS.items():
-        with only(model, kind, run_in):
+        with part_in_precision(model, kind, run_in):
             rows[f"field, {words} alone"] = model(point.xt, point.t, subject.labels)
     rows["dispersive loss"] = dispersive_loss(acts[-1])
     return rows
@@ -228,29 +229,28 @@ def _autoencoder(subject, run_in):
     return {"VAE latents, mean": mean, "VAE latents, deviation": std, "VAE pixels": vae.decode(subject.x1)}
 
 
-@torch.no_grad()
 def _sampling(subject, run_in):
     """The guided field at the training points, and where trajectories end."""
-    point, transport, model = subject.point, subject.transport, subject.ema
-    interval = transport.interval(transport.sample_eps)
+    point = subject.point
 
-    def plain(x, t, y):
-        return transport.field(model(x, t, y))
+    def end_of(pipe, scale, sampler="gd"):
+        return pipe.descend(
+            subject.noise, subject.labels, sampler, subject.points, subject.stepsize, subject.mu, scale,
+            subject.cfg_channels,
+        )  # fmt: skip
 
-    def guided(scale):
-        field = run_in.autocast()(plain)
-        return samplers.guided(field, subject.labels, scale, model.num_classes, subject.cfg_channels)
-
-    def end_of(field, mu=0.0):
-        return samplers.descend(field, subject.noise, subject.points, subject.stepsize, mu, interval)
-
-    rows = {f"field, guidance {scale:g}": guided(scale)(point.xt, point.t) for scale in GUIDANCE}
-    for name, mu in (("gd", 0.0), ("ngd", subject.mu)):
+    pipe = EqMPipeline(subject.ema, run_in, transport=subject.transport)
+    rows = {}
+    for scale in GUIDANCE:
+        guided = pipe.guided(subject.labels, scale, subject.cfg_channels)
+        rows[f"field, guidance {scale:g}"] = guided(point.xt, point.t)
+    for sampler in samplers.SAMPLERS:
         for scale in GUIDANCE:
-            rows[f"trajectory, {name}, guidance {scale:g}"] = end_of(guided(scale), mu)
+            rows[f"trajectory, {sampler}, guidance {scale:g}"] = end_of(pipe, scale, sampler)
+    in_fp32 = EqMPipeline(subject.ema, precision.fp32(run_in.device), transport=subject.transport)
     for words, kind in PARTS.items():
-        with only(model, kind, run_in):
-            rows[f"trajectory, gd, {words} alone"] = end_of(lambda x, t: plain(x, t, subject.labels))
+        with part_in_precision(subject.ema, kind, run_in):
+            rows[f"trajectory, gd, {words} alone"] = end_of(in_fp32, 1.0)
     return rows
 
 
@@ -284,7 +284,7 @@ def columns_on(device):
 def resolve(column, device):
     """The Precision of a column. Sets TF32 for it."""
     name = column.split()[0]
-    return precision.named("fp32" if name == "tf32" else name, device, tf32=name == "tf32")
+    return precision.activate("fp32" if name == "tf32" else name, device, tf32=name == "tf32")
 
 
 def errors_of(subject, device):
@@ -354,12 +354,12 @@ def open_subject(args, path, device):
     Raises UserError.
     """
     saved = checkpoint.load(path)
-    cli.settle(args, saved["args"])
+    architecture.follow_checkpoint(args, saved["args"])
     if not (args.data_path or args.latents):
         args.data_path, args.latents, args.csv = (saved["args"].get(name) for name in ("data_path", "latents", "csv"))
     if (args.data_path is None) == (args.latents is None):
         raise UserError("give either --data-path or --latents: the checkpoint does not say what it was trained on")
-    model = cli.build_model(args)
+    model = architecture.build_model(args)
     checkpoint.load_weights(model, saved["model"], path, saved["args"])
     ema = deepcopy(model)
     checkpoint.load_weights(ema, saved["ema"], path, saved["args"])
@@ -374,16 +374,16 @@ def open_subject(args, path, device):
     seeds.seed_step(args.global_seed, 0, 0)
     x1 = latents.draw(items) if args.latents else autoencoder.encode(latents.to_pixels(items))
     transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
-    noise = [torch.randn(x1.shape[1:], generator=seeds.generator(args.global_seed, i)) for i in range(len(x1))]
+    ema = ema.to(device).eval()
     subject = Subject(
         model=model.to(device).eval(),
-        ema=ema.to(device).eval(),
+        ema=ema,
         vae=vae,
         transport=transport,
         x1=x1,
         point=transport.sample(x1),
         labels=labels.to(device),
-        noise=torch.stack(noise).to(device),
+        noise=EqMPipeline(ema, precision.fp32(device)).noise(range(len(x1)), args.global_seed),
         pixels=vae and vae.decode(x1),
         stepsize=args.stepsize,
         points=args.num_sampling_steps,

@@ -1,13 +1,13 @@
 """Processes and devices: one process or many under torchrun, on GPUs (NCCL) or CPUs (gloo)."""
 
 import ctypes
+import itertools
 import os
 import signal
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from EqM.run.errors import UserError, reason
 
@@ -29,14 +29,8 @@ def setup(device_name=None):
     device_name: "cuda", "cuda:1", "cpu", ...; None takes the GPU where there is one. Under torchrun each
     process takes the GPU of its local rank. Raises UserError if that device is not there.
     """
-    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(1, device=name).device  # with its index, which set_device wants
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used ({reason(error)}); try --device cpu") from None
+    device = device_named(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if device.type == "cpu":
@@ -44,6 +38,20 @@ def setup(device_name=None):
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(int(os.environ.get("RANK", 0)), world_size, device)
+
+
+def device_named(name=None):
+    """The device of this name, with its index. Left out, or "cuda": the GPU of this process's local rank, if any.
+
+    Raises UserError if it cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used ({reason(error)}); try --device cpu") from None
 
 
 def _keep_freed_memory():
@@ -88,8 +96,33 @@ def gather(tensor):
     return [part.cpu() for part in parts]
 
 
-def on_main(ranks, function):
-    """What a function returns on the main rank, on every rank; a UserError there stops them all."""
+class SharedSet:
+    """A set of whole numbers that any rank adds to at any time. Every rank must make as many, in the same order."""
+
+    _made = itertools.count()
+
+    def __init__(self):
+        store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self._store = dist.PrefixStore(f"shared_set/{next(self._made)}", store)
+
+    def add(self, number):
+        if self._store.add(f"has/{number}", 1) == 1:  # the first rank to say so
+            place = self._store.add("count", 1)
+            self._store.set(f"at/{place}", str(number))
+
+    def __len__(self):
+        return self._store.add("count", 0)
+
+    def since(self, place):
+        """The numbers after the first `place` ones, in the order in which they came."""
+        return [int(self._store.get(f"at/{n}")) for n in range(place + 1, len(self) + 1)]
+
+
+def on_main(ranks, function, share=True):
+    """What a function returns on the main rank, on every rank; a UserError there stops them all.
+
+    share: without it, the other ranks get None.
+    """
     result = error = None
     if ranks.is_main:
         try:
@@ -97,9 +130,10 @@ def on_main(ranks, function):
         except UserError as raised:
             error = raised
     if dist.is_initialized():
-        box = [result, error is not None]
+        box = [result if share else None, error is not None]
         dist.broadcast_object_list(box)
-        result, failed = box
+        shared, failed = box
+        result = shared if share else result
         if failed and not ranks.is_main:
             raise SystemExit(2)  # the main rank says why
     if error is not None:
@@ -152,9 +186,10 @@ class StopRequest:
         return stop
 
 
-def data_parallel(model, ranks):
-    """The model with gradients averaged over ranks; the model itself where there is one rank."""
-    if ranks.world_size == 1:
-        return model
-    devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+def all_agree(ok):
+    """Whether ok holds on every rank. Every rank must call it."""
+    if not dist.is_initialized():
+        return ok
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, ok)
+    return all(answers)

@@ -1,6 +1,5 @@
 """The one exception that means "the input is wrong", and how to say another, or a file's name, in one line."""
 
-import os
 import sys
 
 
@@ -17,10 +16,10 @@ def reason(error):
     return lines[0] if lines else type(error).__name__
 
 
-def printable(path):
-    """A path or name that any terminal or file takes: bytes that are not UTF-8 as \\xff, control characters too."""
-    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def printable(text):
+    """A text, or a file's name, as one line that any UTF-8 file takes: bytes that are not UTF-8 as `\\udce9`, ends of
+    lines and what moves a terminal's cursor as their escapes too."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
 
 
 def print_anything():

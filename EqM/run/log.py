@@ -3,6 +3,7 @@
 import csv
 import resource
 import time
+import uuid
 from datetime import datetime
 from pathlib import Path
 
@@ -10,32 +11,64 @@ import torch
 from tqdm import tqdm
 
 from EqM.run import distributed
-from EqM.run.errors import UserError, reason
+from EqM.run.errors import UserError, printable, reason
 
 
 def new_run_folder(args):
-    """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path."""
+    """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path.
+
+    Runs that start at the same moment get different numbers.
+    """
     root = Path(args.results_dir)
+    kind = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
+    number = -1
     try:
         root.mkdir(parents=True, exist_ok=True)
-        taken = [int(entry.name.split("-")[0]) for entry in root.iterdir() if entry.name.split("-")[0].isdigit()]
-        kind = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
-        name = f"{max(taken, default=-1) + 1:03d}-{kind}"
-        (root / name / "checkpoints").mkdir(parents=True)
+        while True:
+            number = max([number, *_numbers(root)]) + 1
+            folder = root / f"{number:03d}-{kind}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            if _numbers(root).count(number) == 1:
+                (folder / "checkpoints").mkdir()
+                return folder
+            folder.rmdir()  # a run of another kind took this number, whose own look may have come too early to see us
     except OSError as error:
         raise UserError(f"--results-dir {root} cannot be written: {error.strerror}") from None
-    return root / name
+
+
+def _numbers(root):
+    heads = (entry.name.split("-")[0] for entry in root.iterdir())
+    return [int(head) for head in heads if head.isdecimal()]
+
+
+def check_trackers(args):
+    """Raise UserError unless the trackers that args ask for are installed and logged in; makes nothing.
+
+    For the main rank, before there is a run folder.
+    """
+    if args.wandb:
+        wandb = _import_wandb()
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise _wandb_refuses(error) from None
+    if args.tensorboard:
+        _summary_writer()
 
 
 class RunLog:
     """Lines to the terminal and log.txt, figures of each logged step to metrics.csv, loss.png and trackers.
 
     folder: the run's; None keeps silent (ranks other than the main one). args: the run's, for the trackers
-    that args.wandb and args.tensorboard ask for.
+    that args.wandb and args.tensorboard ask for. lock: resume.lock_run's, held as long as the log.
     """
 
-    def __init__(self, folder, args):
+    def __init__(self, folder, args, lock=None):
         self.folder = folder
+        self.lock = lock
         self.trackers = []
         if folder is not None:
             self._text = open(  # noqa: SIM115
@@ -49,7 +82,7 @@ class RunLog:
     def info(self, message):
         if self.folder is None:
             return
-        line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}"
+        line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {printable(message)}"
         tqdm.write(line)
         self._text.write(line + "\n")
 
@@ -99,26 +132,44 @@ def _format(name, value):
     return f"{value:.2f}" if "/Sec" in name or "GiB" in name else f"{value:.4f}"
 
 
-def _wandb(folder, args):
+def _import_wandb():
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
+    return wandb
+
+
+def _wandb_refuses(error):
+    return UserError(
+        f"--wandb cannot start: {reason(error)} `wandb login` once, or `wandb offline` to keep figures here"
+    )
+
+
+def _wandb(folder, args):
+    """The run folder is one W&B run, however often it is stopped and resumed: its id lies there."""
+    wandb = _import_wandb()
+    kept = folder / "wandb-id.txt"
+    run_id = kept.read_text(encoding="utf-8").strip() if kept.exists() else ""
+    run_id = run_id or uuid.uuid4().hex[:12]
     try:
-        wandb.init(project="EqM", name=folder.name, dir=str(folder), config=vars(args))
+        wandb.init(project="EqM", name=folder.name, dir=str(folder), config=vars(args), id=run_id, resume="allow")
     except wandb.errors.Error as error:
-        raise UserError(
-            f"--wandb cannot start: {reason(error)} `wandb login` once, or `wandb offline` to keep figures here"
-        ) from None
+        raise _wandb_refuses(error) from None
+    kept.write_text(run_id + "\n", encoding="utf-8")
     return wandb.log
 
 
-def _tensorboard(folder):
+def _summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
-    writer = SummaryWriter(folder)
+    return SummaryWriter
+
+
+def _tensorboard(folder):
+    writer = _summary_writer()(folder)
 
     def track(figures, step):
         for name, value in figures.items():

@@ -144,7 +144,7 @@ def test_a_name_that_no_terminal_takes_is_told(tmp_path):
         pass
     files, told = labelled_files(tmp_path), []
     loader.BadFiles(files, 1, told.append).note(torch.tensor([0]))
-    assert told[0].endswith(r"caf\xe9/\xff\n.png does not decode; another file of its class stands in")
+    assert told[0].endswith(r"caf\udce9/\udcff\n.png does not decode; another file of its class stands in")
     with pytest.raises(UserError, match="no file of class .*caf.*can be read") as raised:
         next(loader.read(files, [[(0, 0)]], num_workers=0, pin_memory=False))
     (told[0] + str(raised.value)).encode("ascii")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from EqM import samplers
-from EqM.engine import acceleration
+from EqM.engine import acceleration, prepare
 from EqM.engine.precision import Precision
 from EqM.models import EqM_models
 
@@ -67,7 +67,7 @@ def test_compile_falls_back_in_words_where_it_cannot_work(monkeypatch):
 def test_what_cannot_be_both_compiled_and_recomputed_is_recomputed():
     model, told = tiny(), []
     both = Namespace(compile=True, grad_checkpointing=True)
-    acceleration.apply(model, both, Precision("bf16", CPU, "test"), told.append)
+    prepare.for_training(model, Precision("bf16", CPU, "test"), both, None, told.append)
     assert len(told) == 1 and "recomputed cannot be compiled" in told[0]
     assert not hasattr(model.blocks[0].forward.args[0], "_torchdynamo_orig_callable")
 
@@ -80,7 +80,7 @@ def test_compiled_blocks_give_the_same_field_and_keep_their_names(name, checkpoi
     expected, keys = field_and_gradients(copy.deepcopy(model), run_in), list(model.state_dict())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    acceleration.apply(model, Namespace(compile=True, grad_checkpointing=checkpointing), run_in, told.append)
+    prepare.for_training(model, run_in, Namespace(compile=True, grad_checkpointing=checkpointing), None, told.append)
     assert not told
     for ours, plain in zip(field_and_gradients(model, run_in), expected, strict=True):
         assert (ours - plain).norm() <= tolerance * plain.norm()
@@ -99,7 +99,7 @@ def descent(model, run_in, labels):
 
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        end = samplers.descend(samplers.guided(field, labels, 4.0, 3), x, points=4, stepsize=0.1, mu=0.3)
+        end = samplers.descend(samplers.guided(field, labels, 4.0, 3), x, points=4, stepsize=0.1, sampler="ngd")
     hook.remove()
     return end, len(calls)
 

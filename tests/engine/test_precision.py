@@ -50,7 +50,7 @@ def relative(value, reference):
 
 @pytest.mark.parametrize(("argv", "name"), [([], "fp32"), (["--use-bf16"], "bf16"), (["--use-amp"], "fp16")])
 def test_flags_select_the_dtype_and_only_fp16_scales(argv, name):
-    run_in = precision.resolve(flags(*argv), CPU)
+    run_in = precision.activate_flags(flags(*argv), CPU)
     assert run_in.name == name and run_in.dtype == DTYPES[name]
     assert run_in.grad_scaler().is_enabled() == (name == "fp16")
     assert name.upper() in run_in.reason
@@ -72,23 +72,23 @@ def test_bf16_is_refused_on_a_card_that_only_emulates_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(UserError, match="Tesla T4 has no BF16 units.*--use-amp"):
-        precision.resolve(flags("--use-bf16"), torch.device("cuda"))
-    assert precision.resolve(flags("--use-amp"), torch.device("cuda")).name == "fp16"
+        precision.activate_flags(flags("--use-bf16"), torch.device("cuda"))
+    assert precision.activate_flags(flags("--use-amp"), torch.device("cuda")).name == "fp16"
 
 
 @pytest.mark.parametrize(("argv", "words"), [([], "TF32 where"), (["--no-tf32"], "IEEE FP32")])
 def test_fp32_on_a_gpu_says_whether_tf32_is_on(monkeypatch, argv, words):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    assert words in precision.resolve(flags(*argv), torch.device("cuda")).reason
-    precision.resolve(flags(), CPU)
+    assert words in precision.activate_flags(flags(*argv), torch.device("cuda")).reason
+    precision.activate_flags(flags(), CPU)
 
 
 def test_a_cpu_without_16_bit_units_says_that_it_is_slow(monkeypatch):
     monkeypatch.setattr(precision, "_cpu_computes", lambda name: False)
-    run_in = precision.resolve(flags("--use-amp"), CPU)
+    run_in = precision.activate_flags(flags("--use-amp"), CPU)
     assert run_in.rounded and "slower than FP32" in run_in.reason
     monkeypatch.setattr(precision, "_cpu_computes", lambda name: True)
-    assert not precision.resolve(flags("--use-amp"), CPU).rounded
+    assert not precision.activate_flags(flags("--use-amp"), CPU).rounded
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -194,9 +194,9 @@ def test_a_gpu_has_tf32_in_fp32_runs_alone_and_a_cpu_is_left_as_it_was(monkeypat
     monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    precision.resolve(flags(*argv), CPU)
+    precision.activate_flags(flags(*argv), CPU)
     assert not calls
-    precision.resolve(flags(*argv), torch.device("cuda"))
+    precision.activate_flags(flags(*argv), torch.device("cuda"))
     assert calls == [products]
 
 

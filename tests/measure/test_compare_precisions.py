@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import score_demo
-from EqM import cli, sample_gd, train
+from EqM import sample_gd, train
 from EqM.data import autoencoder as latents
 from EqM.data import files as data
 from EqM.engine import precision
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(run_script, tmp_path):
 
 
 def test_precision_error_needs_to_know_the_data(run_script, tmp_path):
-    model = cli.EqM_models["EqM-T/4"](input_size=8, num_classes=2, in_channels=3)
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=2, in_channels=3)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     words = ["--ckpt", tmp_path / "bare.pt", "--model", "EqM-T/4", "--num-classes", 2, "--vae", "none"]
     result = run_script("precision_error", *words, "--image-size", 8, "--device", "cpu")

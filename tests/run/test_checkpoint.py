@@ -1,7 +1,9 @@
 """Checkpoints: round trip, published formats, what is refused, what a kill leaves behind."""
 
+import copy
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -152,6 +154,206 @@ def test_an_optimizer_of_other_parameters_is_refused():
         checkpoint.load_optimizer(adamw, other.state_dict())
 
 
+def first_moments(opt):
+    return opt["state"][1]
+
+
+ODD_OPTIMIZERS = {
+    "a moment of another shape": (
+        lambda opt: first_moments(opt).update(exp_avg=torch.zeros(3)),
+        r"is \(3,\)",
+    ),
+    "a moment of one value": (lambda opt: first_moments(opt).update(exp_avg_sq=torch.zeros(())), r"is \(\) "),
+    "a moment of integers": (lambda opt: as_dtype(opt, torch.int64), "int64, not"),
+    "a complex moment": (lambda opt: as_dtype(opt, torch.complex64), "complex64, not"),
+    "a moment in 16 bits": (lambda opt: as_dtype(opt, torch.bfloat16), "bfloat16, not"),
+    "a moment that is a number": (lambda opt: first_moments(opt).update(exp_avg=1.0), "is 1.0, not"),
+    "a moment with NaN": (lambda opt: first_moments(opt)["exp_avg"].view(-1)[7].fill_(torch.nan), "holds NaN"),
+    "a negative square": (lambda opt: first_moments(opt)["exp_avg_sq"].view(-1)[7].fill_(-1), "negative"),
+    "no square": (lambda opt: first_moments(opt).pop("exp_avg_sq"), "is step, exp_avg, not AdamW's"),
+    "another optimizer's": (lambda opt: first_moments(opt).update(max_exp_avg_sq=torch.zeros(3)), "not AdamW's"),
+    "a state that is a list": (lambda opt: opt["state"].update({1: [1, 2]}), "not AdamW's"),
+    "a step of many values": (lambda opt: first_moments(opt).update(step=torch.zeros(3)), "step .* is no number"),
+    "a step that is a text": (lambda opt: first_moments(opt).update(step="five"), "step .* is no number"),
+    "a step before the first": (lambda opt: first_moments(opt).update(step=torch.tensor(-5.0)), "is -5"),
+    "a state of no parameter": (lambda opt: opt["state"].update({999: {}}), "999, which is no parameter"),
+    "states in a list": (lambda opt: opt.update(state=[]), "no state and param_groups"),
+    "no groups": (lambda opt: opt.pop("param_groups"), "no state and param_groups"),
+    "groups that are numbers": (lambda opt: opt.update(param_groups=[1]), "no state and param_groups"),
+    "groups without parameters": (lambda opt: opt.update(param_groups=[{}]), "no state and param_groups"),
+}
+
+
+def as_dtype(opt, dtype):
+    first_moments(opt)["exp_avg"] = first_moments(opt)["exp_avg"].to(dtype)
+
+
+@pytest.mark.parametrize("kind", ODD_OPTIMIZERS)
+def test_an_optimizer_that_does_not_fit_is_told_and_never_reaches_the_kernel(kind):
+    """A fused kernel reads past the end of a moment that is too short: exit 139."""
+    spoil, message = ODD_OPTIMIZERS[kind]
+    opt = published(tiny())["opt"]
+    spoil(opt)
+    adamw = optim.adamw(tiny(), 1e-4)
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load_optimizer(adamw, opt)
+    assert "\n" not in str(error.value) and not adamw.state
+
+
+@pytest.mark.parametrize("opt", ["adam", [1], {}, {"state": {}}])
+def test_an_optimizer_that_is_none_is_told(opt):
+    with pytest.raises(UserError, match="no state and param_groups"):
+        checkpoint.load_optimizer(optim.adamw(tiny(), 1e-4), opt)
+
+
+def test_moments_that_lie_in_memory_another_way_make_the_same_step():
+    """A fused kernel goes through memory: a transposed moment would meet other weights."""
+    saved, models = published(tiny()), [tiny(), tiny()]
+    twisted = {"state": {k: dict(v) for k, v in saved["opt"]["state"].items()}}
+    for state in twisted["state"].values():
+        state["exp_avg"] = state["exp_avg"].T.contiguous().T if state["exp_avg"].ndim == 2 else state["exp_avg"]
+        state["step"] = state["step"].item()  # as PyTorch before 1.12 kept it
+    for model, opt in zip(models, [saved["opt"], {**saved["opt"], **twisted}], strict=True):
+        adamw = optim.adamw(model, 1e-2)
+        checkpoint.load_optimizer(adamw, copy.deepcopy(opt))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        adamw.step()
+    assert same(models[0].state_dict(), models[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.nan, "holds NaN"), (-torch.inf, "holds infinite"), (torch.int32, "int32"), (torch.complex64, "complex64")],
+)
+def test_weights_that_are_not_real_and_finite_are_refused_by_name(value, message):
+    state, model = tiny().state_dict(), tiny(seed=9)
+    key = "blocks.1.mlp.fc2.weight"
+    if isinstance(value, torch.dtype):
+        state[key] = state[key].to(value)
+    else:
+        state[key][3, 5] = value
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=f"{key} .*{message}"):
+        checkpoint.load_weights(model, state, "x.pt", {})
+    assert same(model.state_dict(), before)
+
+
+def test_weights_in_sixteen_bits_load():
+    half = {name: tensor.bfloat16() for name, tensor in tiny().state_dict().items()}
+    model = tiny(seed=9)
+    checkpoint.load_weights(model, half, "x.pt", {})
+    assert same(model.state_dict(), {name: tensor.float() for name, tensor in half.items()})
+
+
+ODD_PARTS = {
+    "args": ["EqM-T/4", [1], 5, {1: 2}],
+    "model": [5, [torch.zeros(1)], {"w": 5}, {1: torch.zeros(1)}],
+    "ema": ["x", {"w": None}],
+    "step": [-1, 1.5, "3", True, torch.tensor(3)],
+    "class_names": ["cat", [1], {"cat": 0}],
+    "precision": [5],
+    "world_size": ["two"],
+    "data": ["d", {}, {"items": "5", "digest": ""}],
+    "scaler": [5, {"scale": 1.0}, {"scale": "big"}, [1]],
+    "schedule": [5, {}, {"taken": 3}, {"taken": torch.zeros(2)}, {"taken": torch.tensor(torch.nan)}],
+    "guard": [[], {"skipped": torch.zeros(())}, {"skipped": torch.zeros(()), "streak": torch.tensor(1j)}],
+    "meter": [5, {"names": ["loss"], "ranks": [torch.zeros(5)]}, {"names": 1, "ranks": []}, {"names": ["loss"]}],
+}
+
+
+@pytest.mark.parametrize("name", ODD_PARTS)
+def test_parts_of_the_wrong_kind_are_told_by_name(tmp_path, name):
+    good = {"model": tiny().state_dict(), "ema": tiny().state_dict(), "args": {}}
+    for value in ODD_PARTS[name]:
+        torch.save({**good, name: value}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=f"x.pt is damaged or foreign: .*{name}") as error:
+            checkpoint.load(tmp_path / "x.pt")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_scale_that_could_not_be_a_scale_is_refused(tmp_path):
+    good = torch.amp.GradScaler("cpu").state_dict()
+    for odd in ({"scale": 0.0}, {"scale": torch.nan}, {"growth_factor": 0.5}, {"growth_interval": 1.5}):
+        torch.save({"model": {}, "ema": {}, "scaler": {**good, **odd}}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match="its scaler is not what a GradScaler saves"):
+            checkpoint.load(tmp_path / "x.pt")
+    for fine in ({}, good):
+        torch.save({"model": {}, "ema": {}, "scaler": fine}, tmp_path / "x.pt")
+        assert checkpoint.load(tmp_path / "x.pt")["scaler"] == fine
+
+
+KINDS = {"model": ["EqM-T/4"], "image_size": int, "uncond": bool, "vae": str}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"model": "EqM-Q/3"}, "model is 'EqM-Q/3', which is none of EqM-T/4"),
+        ({"model": ["EqM-T/4"]}, "which is none of"),
+        ({"image_size": "64"}, "image_size is '64', not a whole number above 0"),
+        ({"image_size": 0}, "not a whole number above 0"),
+        ({"image_size": True}, "not a whole number above 0"),
+        ({"uncond": 1}, "not True or False"),
+        ({"vae": 3.5}, "not a text"),
+    ],
+)
+def test_args_without_sense_are_told_by_name(args, message):
+    checkpoint.check_args({"model": "EqM-T/4", "image_size": 8, "uncond": None, "lr": "whatever"}, KINDS)
+    with pytest.raises(UserError, match=message):
+        checkpoint.check_args(args, KINDS)
+
+
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def layouts():
+    """By name: a file of other code, and which of model and EMA it holds."""
+    model, ema = tiny(seed=1).state_dict(), tiny(seed=2).state_dict()
+    inner = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in model.items()}
+    return {
+        "DDP": ({"model": under("module.", model), "ema": ema}, model, ema),
+        "compiled": ({"model": under("_orig_mod.", model), "ema": under("_orig_mod.", ema)}, model, ema),
+        "both": ({"model": under("module._orig_mod.", model), "ema": ema}, model, ema),
+        "compiled blocks, bare": (inner, model, model),
+        "EMA alone": ({"ema": ema}, ema, ema),
+        "no EMA": ({"model": model, "ema": None}, model, model),
+        "state_dict": ({"state_dict": model, "epoch": 3.5}, model, model),
+        "ema_model": ({"model_state_dict": model, "ema_model": ema}, model, ema),
+        "averaged": ({"model": model, "ema": {"n_averaged": torch.tensor(5), **under("module.", ema)}}, model, ema),
+        "Lightning": (
+            {"state_dict": {**under("model.", model), **under("ema.", ema)}, "pytorch-lightning_version": "2.4"},
+            model, ema,
+        ),
+        "Lightning, compiled, with more": (
+            {"state_dict": {**under("model._orig_mod.", model), "vae.w": torch.zeros(1)}, "epoch": 1}, model, model,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_layouts_of_other_code_load_where_they_are_unambiguous(tmp_path, name):
+    content, model, ema = layouts()[name]
+    torch.save(content, tmp_path / "x.pt")
+    loaded = checkpoint.load(tmp_path / "x.pt")
+    assert same(loaded["model"], model) and same(loaded["ema"], ema)
+    assert ("stand_in" in loaded) == (model is ema)
+
+
+def test_layouts_that_are_ambiguous_are_told_with_what_was_found(tmp_path):
+    state = tiny().state_dict()
+    for content, message in [
+        ({"state_dict": state, "model_state_dict": state}, "has state_dict and model_state_dict: which is the model"),
+        ({"state_dict": {**under("model.", state), **under("net.", state)}}, "has model and net in one state dict"),
+        ({"model": {**state, **under("module.", state)}, "ema": state}, "twice, with and without a wrapper's prefix"),
+        ({"generator": state, "epoch": 1}, "no model and no ema; its keys are generator, epoch"),
+    ]:
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(tmp_path / "x.pt")
+
+
 def make_run(root, name, steps, seed=0, content=None):
     folder = root / name / "checkpoints"
     folder.mkdir(parents=True)
@@ -174,6 +376,16 @@ def test_newest_is_the_last_good_checkpoint_of_the_last_run_of_the_same_kind(tmp
     assert checkpoint.newest(tmp_path / "nowhere", lambda args: True) is None
 
 
+def test_numbers_are_compared_as_numbers(tmp_path):
+    """Run 1000 is newer than 999, and step 10,000,000 than 9,999,999."""
+    make_run(tmp_path, "999-EqM-A", [1])
+    folder = make_run(tmp_path, "1000-EqM-A", [9_999_999, 10_000_000])
+    path, content = checkpoint.newest(tmp_path, lambda args: True)
+    assert path.parent == folder and content["step"] == 10_000_000
+    checkpoint.prune(folder, 1)
+    assert [path.stem for path in folder.iterdir()] == ["10000000"]
+
+
 def test_pruning_keeps_the_newest(tmp_path):
     folder = make_run(tmp_path, "000-EqM-A", [10, 20, 30])
     checkpoint.prune(folder, 2)
@@ -193,6 +405,29 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written .*No space left.*earlier ones are untouched"):
         checkpoint.save(path, {"model": {}, "ema": {}, "more": 1})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["0000001.pt"]
+
+
+def test_a_write_that_fails_tells_the_systems_reason_and_not_where_pytorch_stood(tmp_path):
+    """The zip writer turns a full disk into "enforce fail at inline_container.cc"; a limit on files is as good."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\); earlier ones are untouched"):
+            checkpoint.save(tmp_path / "0000001.pt", {"model": {"w": torch.zeros(10**6)}, "ema": {}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems want names in UTF-8")
+def test_names_that_are_not_utf_8_can_be_told(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    checkpoint.save(folder / "0000001.pt", {"model": {}, "ema": {}})
+    assert checkpoint.load(folder / "0000001.pt")["args"] == {}
+    (folder / "0000002.pt").write_text("no checkpoint")
+    with pytest.raises(UserError, match="not a PyTorch checkpoint|cut short"):
+        checkpoint.load(folder / "0000002.pt")
 
 
 SAVER = """

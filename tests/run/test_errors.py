@@ -12,7 +12,7 @@ from EqM.run import errors
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (b"caf\xe9.png", r"caf\xe9.png"),
+        (b"caf\xe9.png", r"caf\udce9.png"),
         ("\N{LATIN SMALL LETTER U WITH DIAERESIS}.png".encode(), "\N{LATIN SMALL LETTER U WITH DIAERESIS}.png"),
         (b"two\nlines\x1b[2J", r"two\nlines\x1b[2J"),
     ],

@@ -2,10 +2,13 @@
 
 import csv
 import math
+import os
 import re
 import sys
+import threading
 import types
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,6 +34,21 @@ def test_run_folders_are_numbered_and_named_as_published(tmp_path):
     assert run_log.new_run_folder(args(tmp_path)).name.startswith("027-")
 
 
+def test_runs_that_start_at_the_same_moment_get_numbers_of_their_own(tmp_path):
+    """Of one kind or of several, which used to share a number."""
+    for kinds in (["EqM-S/4"] * 40, [f"EqM-S/{i}" for i in range(40)]):
+        root, ready = tmp_path / kinds[-1].replace("/", "-"), threading.Barrier(40)
+
+        def start(kind, root=root, ready=ready):
+            ready.wait()
+            return run_log.new_run_folder(args(root, model=kind))
+
+        with ThreadPoolExecutor(40) as pool:
+            folders = list(pool.map(start, kinds))
+        assert len({folder.name.split("-")[0] for folder in folders}) == 40
+        assert sorted(root.iterdir()) == sorted(folders) and all((f / "checkpoints").is_dir() for f in folders)
+
+
 def test_a_results_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--results-dir .* cannot be written"):
@@ -42,6 +60,11 @@ def test_the_log_line_keeps_its_published_form(tmp_path):
     log.step(100, {"Train Loss": 0.12341, "Train Steps/Sec": 1.2345, "Samples": 25600})
     line = re.sub(r"^\[.+?\] ", "", (tmp_path / "log.txt").read_text())
     assert line == "(step=0000100) Train Loss: 0.1234, Train Steps/Sec: 1.23, Samples: 25600\n"
+
+
+def test_a_name_that_is_not_utf_8_can_be_logged(tmp_path):
+    run_log.RunLog(tmp_path, args(tmp_path)).info(f"Going on from {os.fsdecode(b'caf' + bytes([0xE9]))}")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("Going on from caf\\udce9\n")
 
 
 def test_metrics_have_one_header_and_a_row_a_log_also_across_runs(tmp_path):
@@ -67,6 +90,9 @@ def test_a_tracker_that_is_not_installed_is_told(tmp_path, monkeypatch, tracker)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=f"--{tracker} needs the {tracker} package: pip install {tracker}"):
         run_log.RunLog(tmp_path, args(tmp_path, **{tracker: True}))
+    with pytest.raises(UserError, match=f"--{tracker} needs the {tracker} package: pip install {tracker}"):
+        run_log.check_trackers(args(tmp_path, **{tracker: True}))
+    assert run_log.check_trackers(args(tmp_path)) is None
 
 
 def test_wandb_gets_every_figure_and_no_environment_variable(tmp_path, monkeypatch):
@@ -79,14 +105,30 @@ def test_wandb_gets_every_figure_and_no_environment_variable(tmp_path, monkeypat
     assert seen[1] == ({"Train Loss": 0.5}, 5)
 
 
-def test_wandb_that_is_not_logged_in_is_told(tmp_path, monkeypatch):
+def test_a_run_folder_is_one_wandb_run_however_often_it_is_resumed(tmp_path, monkeypatch):
+    seen = []
+    fake = types.SimpleNamespace(init=lambda **settings: seen.append(settings), log=None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("a", "a", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        run_log.RunLog(tmp_path / name, args(tmp_path, wandb=True))
+    first, again, other = (settings["id"] for settings in seen)
+    assert first == again != other and all(settings["resume"] == "allow" for settings in seen)
+
+
+def test_wandb_that_is_not_logged_in_is_told_before_anything_is_made(tmp_path, monkeypatch):
     def init(**settings):
         raise fake.errors.Error("No API key configured.")
 
-    fake = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=type("Error", (Exception,), {})))
+    fake = types.SimpleNamespace(
+        init=init, login=init, errors=types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(UserError, match="No API key.*wandb login"):
         run_log.RunLog(tmp_path, args(tmp_path, wandb=True))
+    assert not (tmp_path / "wandb-id.txt").exists()
+    with pytest.raises(UserError, match="No API key.*wandb login"):
+        run_log.check_trackers(args(tmp_path, wandb=True))
 
 
 def test_curves_are_drawn_from_all_that_was_logged(tmp_path):

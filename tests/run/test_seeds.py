@@ -1,5 +1,7 @@
 """Random numbers that depend on what they are for alone."""
 
+import numpy as np
+import pytest
 import torch
 
 from EqM.run import seeds
@@ -33,3 +35,47 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
 
 def test_coins_are_fair():
     assert 450 < sum(seeds.coin(0, 0, i) for i in range(1000)) < 550
+
+
+def test_the_streams_of_runs_on_disk_stay_what_they_were():
+    """An older run resumes exactly only if these numbers never move."""
+    assert seeds.mix(0, 7, 1) == 3590295894727386197
+    assert seeds.mix(3, 2**40) == 486681927309643897
+
+
+def test_numpy_1_whose_uint64_cannot_be_shifted_gives_the_same(monkeypatch):
+    class OfNumPy1(int):
+        def __rshift__(self, other):
+            raise TypeError("ufunc 'right_shift' not supported for the input types")
+
+    plain = np.random.SeedSequence
+    expected = seeds.mix(1, 2, 3)
+
+    class Sequence:
+        def __init__(self, numbers):
+            self.inner = plain(numbers)
+
+        def generate_state(self, count, dtype):
+            return [OfNumPy1(word) for word in self.inner.generate_state(count, dtype)]
+
+    monkeypatch.setattr(np.random, "SeedSequence", Sequence)
+    assert seeds.mix(1, 2, 3) == expected
+
+
+@pytest.mark.parametrize("index", [0, 1, 5, 49_999])
+def test_a_samples_noise_is_no_noise_of_training(index):
+    """mix(seed, i) was mix(seed, i, 0): sample 5 was the first draw of step 5."""
+    ours = torch.rand(4, generator=seeds.sample_generator(0, index))
+    seeds.seed_step(0, index, 0)
+    assert not torch.equal(torch.rand(4), ours)
+    assert not torch.equal(torch.rand(4, generator=seeds.generator(0, index)), ours)
+
+
+def test_no_two_samples_of_a_seed_share_their_noise():
+    """Nor of a seed and a step; and a number more, or one that is zero, is another thing."""
+    for more in [(), (0,), (17,)]:
+        assert len({seeds.sample_seed(3, i, *more) for i in range(50_000)}) == 50_000
+    others = [(0,), (1,), (2**32,), (0, 0), (0, 0, 0), (1, 0), (0, 1)]
+    seen = {seeds.sample_seed(seed, i, *more) for seed, *more in others for i in range(300)}
+    assert len(seen) > 0.99 * len(others) * 300
+    assert seeds.sample_seed(np.int64(3), np.int64(4)) == seeds.sample_seed(3, 4)
