@@ -9,7 +9,7 @@ import sys
 from EqM.architecture import MODEL_DEFAULTS
 from EqM.models import EBM_KINDS, EqM_models
 from EqM.run import distributed, stops
-from EqM.run.errors import UserError, is_mendable, is_out_of_memory, reason
+from EqM.run.errors import UserError, is_mendable, is_out_of_memory, print_anything, reason
 from EqM.samplers import SAMPLERS
 from EqM.transport import PATHS, PREDICTIONS
 
@@ -51,6 +51,7 @@ def run(main):
     number. Everything else is a bug and keeps its traceback.
     """
     Parser.parsed = None
+    print_anything()
     undo = stops.handle(stops.interrupt)
     try:
         status = _status_of(main)

@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 
 from EqM import cli
-from EqM.data import autoencoder as latents
-from EqM.data import files as data
+from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
+from EqM.data.files import open_files
 from EqM.engine import precision
 from EqM.run import distributed
 from EqM.run.errors import UserError
+from EqM.run.log import progress
 
 
 def parse_args():
@@ -45,12 +46,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    channels, factor = latents.geometry(args.vae)
+    channels, factor = autoencoders.geometry(args.vae)
     if args.image_size % factor:
         raise UserError(f"--image-size {args.image_size} must be a multiple of {factor}, by which the VAE divides it")
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
-    dataset = data.open_files(args, flip=False)
+    dataset = open_files(args, flip=False)
     side = args.image_size // factor
     frames = (args.clip_len,) if args.video else ()
     meta = {name: getattr(args, name) for name in (*latent_cache.KEY, "flip")}
@@ -59,26 +60,30 @@ def main():
     layout, left, changed = distributed.on_main(
         ranks, lambda: latent_cache.create(args.out, meta, latent_cache.files_of(dataset, args.data_path), shape)
     )
+    for note in dataset.notes:
+        cli.complain(note, every_rank=False)
     if changed:
         line = f"{changed} of {len(dataset)} files have changed since they were encoded: these are encoded again"
         cli.complain(line, every_rank=False)
 
     mine = [int(index) for shard in left[ranks.rank :: ranks.world_size] for index in shard]
     keys = [[(0, index) for index in mine[n : n + args.batch_size]] for n in range(0, len(mine), args.batch_size)]
-    autoencoder = latents.load(args.vae, precision.of_vae(args, run_in))
+    autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in))
     bad_files = loader.BadFiles(dataset, args.max_bad_fraction, lambda line: tqdm.write(line, file=sys.stderr))
     pin = ranks.device.type == "cuda"
-    bar = tqdm(total=len(mine), desc="encode", unit="clip" if args.video else "image", disable=not ranks.is_main)
-    with bar, latent_cache.Writer(layout) as writer:  # which keeps what is finished, however this ends
+    bar = progress(desc="encode", total=len(mine), unit="clip" if args.video else "image", shown=ranks.is_main)
+    with latent_cache.Writer(layout) as writer:  # which keeps what is finished, however this ends
         for batch, (pixels, _, bad) in zip(keys, loader.read(dataset, keys, args.num_workers, pin), strict=True):
             bad_files.note(bad)
-            pixels = latents.to_pixels(pixels.to(ranks.device, non_blocking=True))
+            pixels = autoencoders.to_pixels(pixels.to(ranks.device, non_blocking=True))
             copies = [pixels, pixels.flip(-1)] if args.flip else [pixels]
             moments = torch.stack([autoencoder.posterior(copy) for copy in copies], dim=1).half()
             moments = moments.to("cpu", non_blocking=True)
             writer.write([index for _, index in batch], moments, distributed.fence(ranks.device))
             bar.update(len(batch))
+    bar.close()
     distributed.barrier()
+    bad_files.agree()
     if ranks.is_main:
         size = sum(path.stat().st_size for path in Path(args.out).iterdir())
         encoded = sum(map(len, left))

@@ -20,8 +20,8 @@ import torch
 
 from EqM import architecture, cli
 from EqM.data import autoencoder as autoencoders
-from EqM.data import files as data
 from EqM.data import latent_cache, loader
+from EqM.data.files import open_files
 from EqM.engine import acceleration, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
@@ -84,7 +84,7 @@ def parse_args(argv=None):
 
 def open_dataset(args):
     """What to train on, with files or a latent cache behind it; settles args.num_classes."""
-    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else data.open_files(args, args.flip)
+    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_files(args, args.flip)
     args.num_classes = args.num_classes or len(dataset.class_names)
     if args.num_classes < len(dataset.class_names):
         raise UserError(
@@ -225,6 +225,7 @@ def main():
         clock.tick()
 
         if step % args.log_every == 0:
+            stream.bad_files.agree()
             means, scale = meter.means(), trainer.scaler.get_scale()
             log.step(step, {
                 "Train Loss": means["loss"],
@@ -245,6 +246,8 @@ def main():
     if step > first_step:
         save(step)
     stream.close()
+    distributed.barrier()
+    stream.bad_files.agree()
     log.info("Done")
     distributed.cleanup()
 

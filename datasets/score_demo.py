@@ -16,9 +16,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from EqM import cli
-from EqM.data import files as data
 from EqM.data import media
 from EqM.data.clips import decode_clip
+from EqM.data.files import centre_crop, find_files
 from EqM.run.errors import UserError
 
 CLIP_LEN = 4  # frames of a clip, and
@@ -69,8 +69,8 @@ def score(clip):
 
 def load_set(folder, num_frames=CLIP_LEN):
     """The clips of the demo set as training reads them: list of uint8 (T, SIZE, SIZE, 3), list of class names."""
-    paths, labels, names = data.find_files(folder, clips=True)
-    clips = [np.stack([data.centre_crop(f, SIZE) for f in decode_clip(path, num_frames)]) for path in paths]
+    paths, labels, names = find_files(folder, clips=True)
+    clips = [np.stack([centre_crop(f, SIZE) for f in decode_clip(path, num_frames)]) for path in paths]
     return clips, [names[label] for label in labels]
 
 

@@ -20,8 +20,8 @@ import score_demo
 sys.path.insert(0, str(score_demo.HERE.parent))
 
 from EqM import cli
-from EqM.data import autoencoder as latents
-from EqM.data import files as data
+from EqM.data import autoencoder as autoencoders
+from EqM.data.files import centre_crop
 
 STEPS = 2000
 BATCH = 32  # frames
@@ -52,15 +52,15 @@ def build():
 def load_frames(folder):
     """Every frame of every clip of the set, in [-1, 1], (N, 3, 32, 32). Raises UserError."""
     clips, _ = score_demo.load_set(folder, num_frames=make_demo_set.FRAMES)
-    return latents.to_pixels(torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2))
+    return autoencoders.to_pixels(torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2))
 
 
 def fresh_frames(clips_per_class=4):
     """Frames of clips that are not in the set and met no video encoder, like load_frames."""
     rng = np.random.default_rng((SEED, 1))
     clips = [make_demo_set.make_clip(name, rng) for name in make_demo_set.CLASSES for _ in range(clips_per_class)]
-    small = [data.centre_crop(Image.fromarray(frame), score_demo.SIZE) for clip in clips for frame in clip]
-    return latents.to_pixels(torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2))
+    small = [centre_crop(Image.fromarray(frame), score_demo.SIZE) for clip in clips for frame in clip]
+    return autoencoders.to_pixels(torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2))
 
 
 def train(vae, frames, steps):

@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 
+from EqM.data import files
 from EqM.models import EqM_models
 from EqM.run import checkpoint
 
@@ -23,6 +25,18 @@ def write_clip(path, frames, codec="libx264", rate=10, options=None, pix_fmt="yu
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def numbered_clip(path, count, **more):
+    """A clip whose frame i has brightness 10 i."""
+    write_clip(path, np.stack([np.full((32, 32, 3), 10 * i, np.uint8) for i in range(count)]), **more)
+    return path
+
+
+def labelled_files(folder, clips=False, **more):
+    """A folder's items, 16 pixels a side; clips of 4 frames."""
+    paths, labels, names = files.find_files(folder, clips)
+    return files.LabelledFiles(paths, labels, names, **{"size": 16, "clip_len": 4 if clips else None, **more})
 
 
 def train_args(data_path, results_dir, *more):

@@ -4,21 +4,37 @@ Letters: C channels, T frames, H W height and width. One item is (C, H, W) or (C
 """
 
 import csv
+import io
 import os
+import warnings
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from EqM.data.clips import decode_clip
 from EqM.data.media import UNREADABLE
 from EqM.run import resume, seeds
-from EqM.run.errors import UserError
+from EqM.run.errors import UserError, printable
 
 CLIP_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+NO_PICTURES = ("MPEG", "EPS")  # Pillow only names the one, and runs another program for the other
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "__pycache__", "lost+found", "#recycle", "$RECYCLE.BIN")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+LONG = 32  # times its width; a longer picture is cut to its middle square before it is enlarged
+TURNS = {  # EXIF orientation to what shows the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def centre_crop(image, size):
@@ -26,21 +42,68 @@ def centre_crop(image, size):
 
     image: a PIL image. Returns uint8 (size, size, 3).
     """
+    if max(image.size) > LONG * min(image.size):
+        image = image.crop(_middle(image.size, min(image.size)))
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize(tuple(max(size, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.asarray(image.crop(_middle(image.size, size)))
+
+
+def _middle(shape, size):
+    """Box of the middle square of that size."""
+    left, top = ((side - size) // 2 for side in shape)
+    return left, top, left + size, top + size
 
 
 def read_image(path):
-    """A file as an upright RGB image, whatever its mode: 16-bit is scaled, alpha dropped."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+    """A file as an upright RGB image, whatever its mode: 16-bit and floats from 0 to 1 are scaled, alpha dropped."""
+    with Image.open(path, formats=image_formats()) as image:
+        image.load()
+        turn = TURNS.get(_orientation(image))
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        elif image.mode == "F":
+            values = np.nan_to_num(np.asarray(image))
+            if values.min() >= 0 and values.max() <= 1:
+                image = Image.fromarray((255 * values).round().astype(np.uint8))
         return image.convert("RGB")
+
+
+def _orientation(image):
+    """The EXIF orientation, 1 (upright) where the EXIF data says nothing that can be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises anything over malformed EXIF, which is common and means nothing for the pixels
+        return 1
+
+
+@cache
+def image_formats():
+    """Names of the formats whose pixels Pillow itself reads."""
+    Image.init()
+    factories = {name: Image.OPEN[name][0] for name in Image.ID if name in Image.OPEN and name not in NO_PICTURES}
+    stub = ImageFile.StubImageFile  # these only know a format's name
+    return tuple(name for name, made in factories.items() if not (isinstance(made, type) and issubclass(made, stub)))
+
+
+@cache
+def image_extensions():
+    return tuple(end for end, name in Image.registered_extensions().items() if name in image_formats())
+
+
+def _is_picture(path):
+    """Whether a file without extension is a picture, by its first bytes."""
+    try:
+        with Image.open(path, formats=[name for name in image_formats() if Image.OPEN[name][1]]):
+            return True
+    except Exception:
+        return False
 
 
 class LabelledFiles(Dataset):
@@ -50,6 +113,7 @@ class LabelledFiles(Dataset):
     clip, None for images. An item is asked for by (epoch, index), of which its flip and window are a
     function, and is (pixels uint8 (3, H, W) or (3, T, H, W), label, index of the file if it was bad else -1).
     A bad file is replaced by another of its class; ValueError if that class has no good one.
+    notes: lines for the log on what was found, and what was left out.
     """
 
     def __init__(self, paths, labels, class_names, size, clip_len=None, frame_interval=None, flip=True, seed=0):
@@ -77,77 +141,245 @@ class LabelledFiles(Dataset):
 
     def read(self, index, epoch):
         """One file: uint8 (3, H, W) or (3, T, H, W)."""
-        seed = (self.seed, epoch, index)
+        return self._item(self._decode(index, epoch), index, epoch)
+
+    def _decode(self, index, epoch):
         if self.clip_len is None:
-            frames = [read_image(self.path(index))]
-        else:
-            frames = decode_clip(self.path(index), self.clip_len, self.frame_interval, seed)
+            return [read_image(self.path(index))]
+        return decode_clip(self.path(index), self.clip_len, self.frame_interval, (self.seed, epoch, index))
+
+    def _item(self, frames, index, epoch):
         clip = np.stack([centre_crop(frame, self.size) for frame in frames])  # (T, H, W, 3)
-        if self.flip and seeds.coin(*seed):
+        if self.flip and seeds.coin(self.seed, epoch, index):
             clip = clip[:, :, ::-1]  # the whole clip, never frame by frame
         clip = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))  # (3, T, H, W)
         return clip if self.clip_len else clip[:, 0]
 
     def __getitem__(self, key):
         epoch, index = key
-        try:
-            return self.read(index, epoch), int(self.labels[index]), -1
-        except UNREADABLE:
-            peers = np.flatnonzero(self.labels == self.labels[index])
-        for peer in np.roll(peers, -1 - np.searchsorted(peers, index))[:-1]:
+        label = int(self.labels[index])
+        for each in self._with_peers(index):
             try:
-                return self.read(int(peer), epoch), int(self.labels[index]), index
+                frames = self._decode(each, epoch)
             except UNREADABLE:
                 continue
-        raise ValueError(f"no file of class {self.class_names[self.labels[index]]!r} can be read")
+            return self._item(frames, each, epoch), label, -1 if each == index else index
+        raise ValueError(f"no file of class {printable(self.class_names[label])!r} can be read")
+
+    def _with_peers(self, index):
+        """This file, then the others of its class, from the next one on."""
+        yield index
+        peers = np.flatnonzero(self.labels == self.labels[index])
+        yield from np.roll(peers, -1 - np.searchsorted(peers, index))[:-1].tolist()
 
 
 def open_files(args, flip):
     """The LabelledFiles that --data-path and its companions name. Raises UserError."""
-    paths, labels, class_names = find_files(args.data_path, args.video, args.csv)
+    notes = []
+    paths, labels, class_names = find_files(args.data_path, args.video, args.csv, notes.append)
     clip_len = args.clip_len if args.video else None
-    return LabelledFiles(
+    dataset = LabelledFiles(
         paths, labels, class_names, args.image_size, clip_len, args.frame_interval, flip, args.global_seed
     )
+    dataset.notes = notes
+    return dataset
 
 
-def find_files(root, clips, csv_path=None):
+def find_files(root, clips, csv_path=None, tell=lambda line: None):
     """(paths, labels, class names) of a data folder.
 
     Class folders `<root>/<class>/<file>`, or a flat folder of clips with a CSV `video_name,tag`: the one
-    given, else `<root>.csv` or the only CSV in the folder if there are no class folders. Raises UserError.
+    given, else `<root>.csv` or the only CSV in the folder if there are no class folders. What is hidden or a
+    system's own counts as absent. tell: takes lines on the classes and on what was left out. Raises UserError.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"--data-path {root} is not a folder; see datasets/README.md for the layouts")
-    extensions = CLIP_EXTENSIONS if clips else IMG_EXTENSIONS
-    kind = "clips" if clips else "images"
-    folders = any(entry.is_dir() for entry in os.scandir(root))
-    if clips and csv_path is None and not folders:
-        tables = [table for table in [root.with_suffix(".csv")] if table.is_file()] or list(root.glob("*.csv"))
+        raise UserError(f"--data-path {printable(root)} is not a folder; see datasets/README.md for the layouts")
+    folders, links, _, _ = _entries(root)
+    class_names = sorted(folders + links)
+    if clips and csv_path is None and not class_names:
+        beside = root.with_suffix(".csv")
+        tables = [beside] if beside.is_file() else [t for t in root.glob("*.csv") if not _is_system(t.name)]
         csv_path = tables[0] if len(tables) == 1 else None
     if csv_path is not None:
-        return _find_in_csv(root, Path(csv_path))
-    if not folders:
-        raise UserError(f"--data-path {root} has no class folders; expected {root}/<class>/<file>")
-    class_names, class_to_index = find_classes(root)
-    found = make_dataset(root, class_to_index, extensions=extensions, allow_empty=True)
-    if not found:
-        other = "; leave --video out for images" if clips else "; add --video for clips"
-        raise UserError(f"--data-path {root} holds no {kind} ({' '.join(extensions)}){other}")
-    paths, labels = zip(*found, strict=True)
+        paths, labels, class_names = _find_in_csv(root, Path(csv_path))
+    elif not class_names:
+        raise UserError(
+            f"--data-path {printable(root)} has no class folders; expected {printable(root)}/<class>/<file>"
+        )
+    else:
+        _refuse_splits(root, class_names, CLIP_EXTENSIONS if clips else image_extensions())
+        paths, labels = _find_in_folders(root, class_names, clips, tell)
+    tell(f"{len(class_names)} classes: {_some(class_names, 10)}")
     return paths, labels, class_names
 
 
-def _find_in_csv(root, csv_path):
+def _some(names, most):
+    """The first few of names, for a message."""
+    return ", ".join(printable(name) for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _is_system(name):
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _entries(folder):
+    """(folders, links to folders, other files), sorted names of what a folder shows, and how much it hides."""
+    folders, links, files, hidden = [], [], [], 0
     try:
-        with open(csv_path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--csv {csv_path} cannot be read: {error}") from None
-    if not rows or not {"video_name", "tag"} <= rows[0].keys():
-        raise UserError(f"--csv {csv_path} needs a header 'video_name,tag' and at least one row")
-    class_names = sorted({row["tag"] for row in rows})
-    class_to_index = {name: i for i, name in enumerate(class_names)}
-    labels = [class_to_index[row["tag"]] for row in rows]
-    return [root / row["video_name"] for row in rows], labels, class_names
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_system(entry.name):
+                    hidden += 1
+                elif _is_dir(entry):
+                    (links if entry.is_symlink() else folders).append(entry.name)
+                elif entry.is_symlink() or entry.is_file():  # no pipes, which would wait for ever
+                    files.append(entry.name)
+    except OSError as error:
+        raise UserError(
+            f"{printable(folder)} cannot be read ({error.strerror}); give this user access to it, or move it away"
+        ) from None
+    return sorted(folders), sorted(links), sorted(files), hidden
+
+
+def _is_dir(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere, or to itself
+        return False
+
+
+def _refuse_splits(root, names, extensions):
+    """Raise UserError where the "classes" are the train and test sets, with the classes below them."""
+    if "train" not in names or len(names) == 1 or not SPLITS.issuperset(names):
+        return
+    inside = [_entries(root / name) for name in names]
+    if all(own + linked and not any(f.lower().endswith(extensions) for f in files) for own, linked, files, _ in inside):
+        raise UserError(
+            f"--data-path {printable(root)} holds {' and '.join(names)}, which hold the class folders: "
+            f"give {printable(root)}/train"
+        )
+
+
+def _find_in_folders(root, class_names, clips, tell):
+    """(paths, labels), class by class, sorted by folder and name."""
+    kind = "clips" if clips else "images"
+    extensions = CLIP_EXTENSIONS if clips else image_extensions()
+    above = {_identity(folder) for folder in (root, *root.resolve().parents)}
+    paths, labels, left_out, empty = [], [], Counter(), []
+    for label, name in enumerate(class_names):
+        before = len(paths)
+        for folder, files, hidden in sorted(_walk(os.path.join(root, name), above)):
+            left_out["hidden"] += hidden
+            for file in files:
+                path, end = os.path.join(folder, file), os.path.splitext(file)[1].lower()
+                if file.lower().endswith(extensions) or (not end and not clips and _is_picture(path)):
+                    paths.append(path)
+                    labels.append(label)
+                else:
+                    left_out[end or "without extension"] += 1
+        if len(paths) == before:
+            empty.append(name)
+    if not paths:
+        other = "; leave --video out for images" if clips else "; add --video for clips"
+        raise UserError(f"--data-path {printable(root)} holds no {kind}{other}")
+    left_out = +left_out
+    if left_out:
+        each = _some([f"{count} {end}" for end, count in left_out.most_common()], 8)
+        tell(f"Left out {left_out.total()} files and folders that are no {kind}: {each}")
+    if empty:
+        tell(f"{len(empty)} classes hold no {kind}: {_some(empty, 10)}")
+    return paths, labels
+
+
+def _identity(folder):
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _walk(top, above):
+    """(folder, names of its files, how many are hidden) of a folder and all below it, each real folder once.
+
+    Links are followed, after all else, but not to the folders in above.
+    """
+    seen, folders, links = set(above), [top], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
+        identity = _identity(folder)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        own, linked, files, hidden = _entries(folder)
+        folders += [os.path.join(folder, name) for name in own]
+        links = sorted(links + [os.path.join(folder, name) for name in linked], reverse=True)
+        yield folder, files, hidden
+
+
+def _find_in_csv(root, csv_path):
+    """(paths, labels, class names) of the rows of a CSV, as spreadsheets write them. Raises UserError."""
+    told = printable(csv_path)
+    try:
+        text = csv_path.read_bytes().decode("utf-8-sig")
+        rows, lines = _rows(text)
+    except OSError as error:
+        raise UserError(f"{told} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{told} cannot be read: {error}; save it as CSV in UTF-8") from None
+    if rows is None:
+        raise UserError(f"{told} needs a header with the columns video_name,tag")
+    if not rows:
+        raise UserError(f"{told} has no row below its header")
+    short = [str(line) for line, row in zip(lines, rows, strict=True) if not all(row)]
+    if short:
+        raise UserError(f"{told} has {len(short)} rows without a name or a tag: lines {_some(short, 5)}")
+    names = [name for name, _ in rows]
+    outside = [name for name in names if not _is_inside(root, name)]
+    if outside:
+        raise UserError(f"{told} names {len(outside)} files outside {printable(root)}: {_some(outside, 5)}")
+    paths = [_locate(root, name) for name in names]
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(names)} files in {told} are not in {printable(root)}: {_some(missing, 5)}; "
+            f"take their rows out, or give the folder that holds them"
+        )
+    class_names = sorted({tag for _, tag in rows})
+    index = {name: i for i, name in enumerate(class_names)}
+    return paths, [index[tag] for _, tag in rows], class_names
+
+
+def _rows(text):
+    """([(name, tag)], their lines in the text); (None, None) without a header that has both columns."""
+    for delimiter in ",;\t":
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        header = [word.strip() for word in next(reader, [])]
+        if not {"video_name", "tag"}.issubset(header):
+            continue
+        columns = header.index("video_name"), header.index("tag")
+        rows, lines = [], []
+        for row in reader:
+            if any(word.strip() for word in row):  # spreadsheets end in rows of separators
+                rows.append(tuple(row[column].strip() if column < len(row) else "" for column in columns))
+                lines.append(reader.line_num)
+        return rows, lines
+    return None, None
+
+
+def _is_inside(root, name):
+    root = os.path.abspath(root)
+    names = (name, name.replace("\\", "/"))
+    return all(os.path.normpath(os.path.join(root, each)).startswith(os.path.join(root, "")) for each in names)
+
+
+def _locate(root, name):
+    """Path of the file a CSV names, with or without its extension, or with backslashes; None where there is none."""
+    for each in dict.fromkeys((name, name.replace("\\", "/"))):
+        if os.path.isfile(root / each):
+            return root / each
+        ends = [variant for end in CLIP_EXTENSIONS for variant in (end, end.upper())]
+        found = [root / (each + end) for end in ends if os.path.isfile(root / (each + end))]
+        if len(found) > 1:
+            raise UserError(f"{printable(name)} may be {_some([path.name for path in found], 5)}: name one in the CSV")
+        if found:
+            return found[0]
+    return None

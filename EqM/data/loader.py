@@ -7,11 +7,13 @@ from multiprocessing import active_children
 from threading import Timer, current_thread, main_thread
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from EqM.data.autoencoder import draw, to_pixels
 from EqM.run import seeds, stops
-from EqM.run.errors import UserError, reason
+from EqM.run.distributed import SharedSet
+from EqM.run.errors import UserError, printable, reason
 
 
 def micro_batch_size(args, ranks):
@@ -35,15 +37,38 @@ def batches(args, dataset, autoencoder, ranks, first_step, tell):
         first_batch=first_step * args.grad_accum_steps,
     )  # fmt: skip
     bad_files = BadFiles(dataset, args.max_bad_fraction, tell)
-    for items, labels, bad in read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
-        bad_files.note(bad)
-        items, labels = (part.to(ranks.device, non_blocking=True) for part in (items, labels))
-        yield draw(items) if args.latents else autoencoder.encode(to_pixels(items)), labels
+
+    def encoded():
+        for items, labels, bad in read(dataset, keys, args.num_workers, ranks.device.type == "cuda"):
+            bad_files.note(bad)
+            items, labels = (part.to(ranks.device, non_blocking=True) for part in (items, labels))
+            yield draw(items) if args.latents else autoencoder.encode(to_pixels(items)), labels
+
+    return Batches(encoded(), bad_files)
+
+
+class Batches:
+    """An iterator over batches, and the BadFiles met on the way."""
+
+    def __init__(self, stream, bad_files):
+        self._stream = stream
+        self.bad_files = bad_files
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._stream)
+
+    def close(self):
+        """End the processes that read."""
+        self._stream.close()
 
 
 class BadFiles:
-    """Tells each file that does not decode once, and stops the run when there are too many.
+    """Tells each file that does not decode once, on the main rank, and stops the run when there are too many.
 
+    They are counted over all ranks, which do not wait for each other: the rank that finds one too many stops.
     limit: largest tolerated share of the data set.
     """
 
@@ -52,18 +77,43 @@ class BadFiles:
         self.limit = limit
         self.tell = tell
         self.seen = set()
+        self.told = 0
+        self._shared = SharedSet()
+        self._is_main = not dist.is_initialized() or dist.get_rank() == 0
 
     def note(self, indices):
         """indices: of one batch, -1 where the file was good. Raises UserError past the limit."""
-        for index in set(indices.tolist()) - self.seen - {-1}:
-            self.seen.add(index)
-            self.tell(f"{self.dataset.path(index)} does not decode; another file of its class stands in")
-        if len(self.seen) > max(1, self.limit * len(self.dataset)):
-            names = ", ".join(sorted(self.dataset.path(index) for index in self.seen)[:10])
+        new = set(indices.tolist()) - self.seen - {-1}
+        self.seen |= new
+        for index in sorted(new):
+            self._shared.add(index)
+        if not new:
+            return
+        self.agree()
+        if len(self._shared) > max(1, self.limit * len(self.dataset)):
+            paths = sorted(printable(self.dataset.path(index)) for index in self._shared.since(0))
             raise UserError(
-                f"{len(self.seen)} of {len(self.dataset)} files do not decode, more than --max-bad-fraction "
-                f"{self.limit:g}: {names}{', ...' if len(self.seen) > 10 else ''}"
+                f"{len(paths)} of {len(self.dataset)} files do not decode, more than --max-bad-fraction "
+                f"{self.limit:g}: {', '.join(paths[:10])}{', ...' if len(paths) > 10 else ''}"
             )
+
+    def agree(self):
+        """Tell what any rank has found so far and nobody has told: for log lines, and once more when all have ended."""
+        if not self._is_main:
+            return
+        new = self._shared.since(self.told)
+        self.told += len(new)
+        for index in new:
+            path = self.dataset.path(index)
+            self.tell(f"{printable(path)} {_fault(path)}; another file of its class stands in")
+
+
+def _fault(path):
+    try:
+        with open(path, "rb"):
+            return "does not decode"
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
 
 
 class Stream(Sampler):

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageSequence
 
 from EqM.run.errors import UserError, reason
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, av.FFmpegError)
+UNREADABLE = Exception  # over damaged bytes decoders raise struct.error, TypeError, AssertionError, anything
 READ_AHEAD = 256  # images
 
 

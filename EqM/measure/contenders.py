@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from EqM import samplers, train
-from EqM.data import autoencoder as latents
-from EqM.data import files as data
+from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader, media
+from EqM.data.files import open_files
 from EqM.engine import precision, prepare
 from EqM.engine.ema import EMA
 from EqM.engine.trainer import Trainer
@@ -70,7 +70,7 @@ def stable_diffusion_vae(run_in):
         latent_channels=CHANNELS,
         norm_num_groups=32,
     )
-    return latents.VAE(network.to(run_in.device), run_in, latents.SD_SCALE)
+    return autoencoders.VAE(network.to(run_in.device), run_in, autoencoders.SD_SCALE)
 
 
 def train_args(args, source):
@@ -198,7 +198,7 @@ def from_files(args, run_in):
     vae = stable_diffusion_vae(run_in)
     with tempfile.TemporaryDirectory() as folder:
         settled = train_args(args, ["--data-path", args.data_path or make_files(args, Path(folder))])
-        dataset = data.open_files(settled, settled.flip)
+        dataset = open_files(settled, settled.flip)
         yield from loader.batches(settled, dataset, vae, distributed.Ranks(0, 1, run_in.device), 0, print)
 
 

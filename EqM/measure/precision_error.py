@@ -19,9 +19,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from EqM import architecture, cli, samplers
-from EqM.data import autoencoder as latents
-from EqM.data import files as data
+from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
+from EqM.data.files import open_files
 from EqM.engine import precision
 from EqM.measure.report import table
 from EqM.pipeline import EqMPipeline
@@ -75,7 +75,7 @@ class Subject:
 
     model: torch.nn.Module  # the trained weights
     ema: torch.nn.Module  # those that are sampled
-    vae: latents.VAE | None  # None where latents are pixels
+    vae: autoencoders.VAE | None  # None where latents are pixels
     transport: Transport
     x1: torch.Tensor  # (N, C, [T,] h, w) latents of data
     point: PathPoint  # between noise and x1
@@ -109,7 +109,7 @@ class Subject:
 
 def _with_network(vae, network, run_in=None):
     """An autoencoder with another network, and in another precision if given."""
-    return latents.VAE(network, run_in or vae.run_in, vae.scale, vae.shift, vae.chunk)
+    return autoencoders.VAE(network, run_in or vae.run_in, vae.scale, vae.shift, vae.chunk)
 
 
 @contextmanager
@@ -365,14 +365,14 @@ def open_subject(args, path, device):
     checkpoint.load_weights(ema, saved["ema"], path, saved["args"])
 
     args.flip, args.frame_interval = False, None
-    autoencoder = latents.load(args.vae, precision.fp32(device))
-    vae = autoencoder if isinstance(autoencoder, latents.VAE) else None
-    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else data.open_files(args, flip=False)
+    autoencoder = autoencoders.load(args.vae, precision.fp32(device))
+    vae = autoencoder if isinstance(autoencoder, autoencoders.VAE) else None
+    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_files(args, flip=False)
     keys = next(iter(loader.Stream(len(dataset), args.batch_size, 0, 1, args.global_seed)))
     items, labels, _ = next(iter(loader.read(dataset, [keys], 0, False)))
     items = items.to(device)
     seeds.seed_step(args.global_seed, 0, 0)
-    x1 = latents.draw(items) if args.latents else autoencoder.encode(latents.to_pixels(items))
+    x1 = autoencoders.draw(items) if args.latents else autoencoder.encode(autoencoders.to_pixels(items))
     transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
     ema = ema.to(device).eval()
     subject = Subject(

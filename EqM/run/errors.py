@@ -1,6 +1,7 @@
-"""The one exception that means "the input is wrong", and how to say another in one line."""
+"""The one exception that means "the input is wrong", and how to say another, or a file's name, in one line."""
 
 import errno
+import sys
 
 # What a user can mend: space, permissions, limits, paths. Any other OSError is a bug, and keeps its traceback.
 _MENDABLE = (
@@ -46,3 +47,10 @@ def is_out_of_memory(error):
             return True
         error = error.__cause__
     return False
+
+
+def print_anything():
+    """Let this process print what its terminal's encoding lacks, as escapes, rather than end in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

@@ -75,7 +75,9 @@ class RunLog:
         self.folder = folder
         self.trackers = []
         if folder is not None:
-            self._text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._text = open(  # noqa: SIM115
+                folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace", buffering=1
+            )
             if args.wandb:
                 self.trackers.append(_wandb(folder, args))
             if args.tensorboard:
