@@ -241,13 +241,15 @@ def _sampling(subject, run_in):
         field = run_in.autocast()(plain)
         return samplers.guided(field, subject.labels, scale, model.num_classes, subject.cfg_channels)
 
-    def end_of(field, mu=0.0):
-        return samplers.descend(field, subject.noise, subject.points, subject.stepsize, mu, interval)
+    def end_of(field, sampler="gd"):
+        return samplers.descend(
+            field, subject.noise, subject.points, subject.stepsize, sampler, mu=subject.mu, interval=interval
+        )
 
     rows = {f"field, guidance {scale:g}": guided(scale)(point.xt, point.t) for scale in GUIDANCE}
-    for name, mu in (("gd", 0.0), ("ngd", subject.mu)):
+    for name in ("gd", "ngd"):
         for scale in GUIDANCE:
-            rows[f"trajectory, {name}, guidance {scale:g}"] = end_of(guided(scale), mu)
+            rows[f"trajectory, {name}, guidance {scale:g}"] = end_of(guided(scale), name)
     for words, kind in PARTS.items():
         with only(model, kind, run_in):
             rows[f"trajectory, gd, {words} alone"] = end_of(lambda x, t: plain(x, t, subject.labels))
