@@ -204,18 +204,21 @@ def add_runtime(parser):
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything random")
 
 
+WITHOUT_NOISE = [name for name in SAMPLERS if name != "langevin"]  # which wants noise and a temperature, from Python
 DESCENT = ("sampler", "num_sampling_steps", "stepsize", "mu", "cfg_scale", "cfg_channels")  # what add_sampler adds
 
 
 def add_sampler(parser):
     """How to descend."""
     group = parser.add_argument_group("sampler")
-    group.add_argument("--sampler", choices=SAMPLERS, default="gd", help="gradient descent, or Nesterov's")
+    group.add_argument(
+        "--sampler", choices=WITHOUT_NOISE, default="gd", help="gd and ngd as published; see samplers.py"
+    )
     group.add_argument("--stepsize", type=positive, default=0.0017, help="eta, the step along the field")
     group.add_argument(
         "--num-sampling-steps", type=number(int, 2), default=250, help="sampling points; one more than updates"
     )
-    group.add_argument("--mu", type=fraction, default=0.3, help="ngd's momentum")
+    group.add_argument("--mu", type=fraction, default=0.3, help="momentum of ngd and nag")
     group.add_argument("--cfg-scale", type=non_negative, default=4.0, help="guidance; 1 is none")
     group.add_argument(
         "--cfg-channels", type=positive_int, default=3, help="how many leading channels are guided, 3 as published"

@@ -188,18 +188,23 @@ class EqMPipeline:
         mu: float = 0.3,
         cfg_scale: float = 4.0,
         cfg_channels: int | None = 3,
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        progress: samplers.Progress = iter,
+        **settings: Any,
     ) -> Tensor:
         """Follow the guided field from x (N, C, [T,] h, w) to samples, shaped and typed like x.
 
-        The arguments are sample_gd.py's flags. progress wraps the range of updates (tqdm, say).
+        The arguments are sample_gd.py's flags. progress wraps the range of updates (tqdm, say). settings: of
+        samplers.Descent besides (betas, stop_norm, atol, ...). Raises UserError where the field is not finite.
         """
         field = self.guided(self._as_tensor(labels), cfg_scale, cfg_channels)
         interval = self.transport.interval(self.transport.sample_eps)
         with modulated_once(self.model):
-            return samplers.descend(
-                field, x, num_sampling_steps, stepsize, sampler, mu=mu, interval=interval, progress=progress
-            )
+            try:
+                return samplers.descend(
+                    field, x, num_sampling_steps, stepsize, sampler, progress, mu=mu, interval=interval, **settings
+                )
+            except ArithmeticError as error:
+                raise UserError(f"--sampler {sampler}: {error}; try FP32 or a smaller --stepsize") from None
 
     def encode(self, samples: np.ndarray | Tensor) -> Tensor:
         """Latents (N, C, [T,] h, w) of uint8 images (N, H, W, 3) or clips (N, T, H, W, 3): the posterior's mean."""

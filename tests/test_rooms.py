@@ -12,7 +12,7 @@ from helpers import REPO
 
 FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.run": 0,
-    "EqM.models": 0, "EqM.transport": 0, "EqM.samplers": 0,
+    "EqM.models": 0, "EqM.transport": 0, "EqM.samplers": 1,
     "EqM.engine": 1, "EqM.data": 1,
     "EqM.architecture": 2,
     "EqM.pipeline": 3,

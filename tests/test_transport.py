@@ -24,6 +24,55 @@ def test_c_is_4_until_08_and_then_falls_to_0_in_a_straight_line():
     torch.testing.assert_close(c(t), torch.tensor([4, 4, 4, 3, 2, 1, 0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [2, 2, 2, 2, 2, 2]),
+        ("linear", [2, 1.5, 1, 0.5, 0.25, 0]),
+        ("truncated", [2, 2, 2, 1, 0.5, 0]),
+        ("piecewise", [6, 4, 2, 1, 0.5, 0]),  # at a = 0.5: 2 (3 - 2 t / 0.5), then 2 (1 - t) / 0.5
+    ],
+)
+def test_each_c_schedule_by_hand(schedule, expected):
+    t = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.875, 1.0], dtype=torch.float64)
+    made = Transport(c_schedule=schedule, c_start=0.5, c_peak=3.0, c_scale=2.0)
+    torch.testing.assert_close(made.c(t), torch.tensor(expected, dtype=torch.float64))
+    x1, x0 = torch.ones(6, 2, 3, dtype=torch.float64), torch.zeros(6, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(made.plan(x0, x1, t).target, made.c(t).view(6, 1, 1).expand(6, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_default_c_has_the_bits_it_always_had(dtype):
+    t = torch.rand(4096, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    always = 4 * torch.clamp((1 - t) / (1 - 0.8), max=1)
+    assert torch.equal(c(t), always) and torch.equal(Transport().c(t), always)
+
+
+def test_a_peak_of_one_is_the_truncated_schedule_and_a_high_peak_is_no_minimum():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(c(t, "piecewise"), c(t))
+    high = c(t, "piecewise", start=0.5, peak=9.0, scale=1.0)
+    assert high[0] == 9, "the lesser of the branches would be (1 - 0) / (1 - 0.5) = 2"
+    assert (high.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"c_schedule": "cosine"}, "one of constant, linear"),
+        ({"c_start": 0.0}, "between 0 and 1"),
+        ({"c_start": 1.0}, "between 0 and 1"),
+        ({"c_start": math.nan}, "between 0 and 1"),
+        ({"c_peak": -1.0}, "peak of c is -1"),
+        ({"c_scale": 0.0}, "scale of c is 0"),
+        ({"c_scale": math.inf}, "scale of c is inf"),
+    ],
+)
+def test_what_is_no_c_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Transport(**wrong)
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 8, 8), (3, 4, 2, 8, 8)])
 def test_linear_target_is_velocity_times_c_for_images_and_clips(shape):
     x0, x1 = pair(shape)

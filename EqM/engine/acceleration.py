@@ -67,11 +67,12 @@ def modulated_once(model):
     For one descent: its labels stay, and EqM's field does not depend on time. The adaLN weights, a third of the
     network's, are then read once a batch instead of at every step. A model that is conditioned on time is left alone.
     """
-    kept = []
+    labels = kept = None
 
     def modulations(t, y):
-        if not kept:
-            kept.extend(type(model).modulations(model, t, y))
+        nonlocal labels, kept
+        if labels is not y:  # at first, and when samples that are done have left the batch
+            labels, kept = y, type(model).modulations(model, t, y)
         return kept
 
     if model.uncond:
