@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 
+from tqdm import tqdm
+
 from EqM.architecture import MODEL_DEFAULTS
 from EqM.models import EBM_KINDS, EqM_models
 from EqM.run import distributed, stops
@@ -40,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 def complain(line, every_rank=True):
     if every_rank or os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)  # which puts it on a line of its own, where a bar stands
 
 
 def run(main):

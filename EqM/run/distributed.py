@@ -121,7 +121,7 @@ def cleanup():
 def barrier():
     """Wait for all ranks, for as long as they take."""
     if _waiting is not None:
-        dist.barrier(_waiting)
+        dist.all_reduce(torch.zeros(1), group=_waiting)  # on the CPU; dist.barrier would take the GPU's device
 
 
 def mean(tensor):

@@ -30,7 +30,8 @@ def handle(note):
     """Have note(number) called in the main thread at the first of SIGNALS; returns a function that undoes this.
 
     More of them within GRACE seconds are the same stop; a later one ends the process at once, with 128 + its number.
-    A SIGHUP that is ignored already, by nohup, stays ignored. From another thread than the main one: does nothing.
+    What is ignored already stays ignored, as SIGHUP by nohup, but for SIGINT, which shells have their background jobs
+    ignore without being asked. From another thread than the main one: does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None

@@ -502,7 +502,6 @@ def test_no_damaged_byte_raises_anything_else(whole, tiny_vae, old):
 
 
 def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(run_script, tiny_vae, tmp_path):
-    pytest.importorskip("EqM.run.stops", reason="cli.run does not hear signals yet")
     count, shard_items = 600, 10
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
