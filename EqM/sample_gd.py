@@ -26,8 +26,8 @@ from EqM import architecture, cli
 from EqM.data import media
 from EqM.engine import acceleration, precision
 from EqM.pipeline import EqMPipeline
-from EqM.run import checkpoint, distributed
-from EqM.run.errors import UserError, reason
+from EqM.run import checkpoint, distributed, resume
+from EqM.run.errors import UserError, printable, reason
 from EqM.run.log import progress
 
 SHEET_SIZE = 64  # samples on the contact sheet
@@ -67,8 +67,8 @@ def recipe(args, ema, run_in):
         *architecture.MODEL_DEFAULTS, "sampler", "stepsize", "num_sampling_steps", "mu", "cfg_scale", "cfg_channels",
         "sample_eps", "classes", "global_seed", "vae_precision", "fps",
     )  # fmt: skip
-    told = {name: getattr(args, name) for name in names}
-    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, "noise": NOISE, **told}
+    flags = {name: getattr(args, name) for name in names}
+    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, "noise": NOISE, **resume.absolute(flags)}
 
 
 def open_folder(folder, files, made_by, resume):
@@ -82,7 +82,7 @@ def open_folder(folder, files, made_by, resume):
         raise UserError(f"--folder {folder} holds samples already; choose another, or --resume to add what is missing")
     try:
         theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-        differs = [name for name in made_by if theirs.get(name) != made_by[name]]
+        differs = [name for name in made_by if not _same(name, theirs.get(name), made_by[name])]
         if present and differs:
             origin = f"other samples ({', '.join(differs)} differ)" if theirs else "samples of unknown origin"
             raise UserError(f"--folder {folder} holds {origin}; choose another")
@@ -93,6 +93,10 @@ def open_folder(folder, files, made_by, resume):
     with ThreadPoolExecutor(WRITERS) as pool:
         whole = pool.map(lambda i: i in present and media.is_whole(files[i]), range(len(files)))
         return [i for i, good in enumerate(whole) if not good]
+
+
+def _same(name, theirs, ours):
+    return resume.same_path(theirs, ours) if name == "vae" else theirs == ours
 
 
 class Writers:
@@ -118,11 +122,17 @@ class Writers:
             ]
         self.coming = None if samples is None else (paths, samples, arrived)
 
-    def finish(self):
-        """Write all that is left."""
-        self.put(None, None, None)
-        self.put(None, None, None)
-        self.pool.shutdown()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Write all that was taken, also when something stops the sampler, unless writing is what failed."""
+        try:
+            if kind is None or not issubclass(kind, UserError):
+                self.put(None, None, None)
+                self.put(None, None, None)
+        finally:
+            self.pool.shutdown()
 
 
 def main():
@@ -144,17 +154,16 @@ def main():
         print(f"Precision: {run_in.reason}; {len(todo)} of {len(files)} samples to make")
 
     how = {name: getattr(args, name) for name in cli.DESCENT}
-    writers = Writers(args.fps)
     made = progress(desc="samples", total=len(indices), unit="sample", shown=ranks.is_main)
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        updates = partial(progress, desc="updates", leave=False, shown=ranks.is_main, lines=False)
-        x = pipe.descend(pipe.noise(batch, args.global_seed), [labels[i] for i in batch], **how, progress=updates)
-        samples = media.as_clips(pipe.decode(x)).to("cpu", non_blocking=True)
-        writers.put([files[i] for i in batch], samples, distributed.fence(ranks.device))
-        made.update(len(batch))
+    with Writers(args.fps) as writers:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            updates = partial(progress, desc="updates", leave=False, shown=ranks.is_main, lines=False)
+            x = pipe.descend(pipe.noise(batch, args.global_seed), [labels[i] for i in batch], **how, progress=updates)
+            samples = media.as_clips(pipe.decode(x)).to("cpu", non_blocking=True)
+            writers.put([files[i] for i in batch], samples, distributed.fence(ranks.device))
+            made.update(len(batch))
     made.close()
-    writers.finish()
     distributed.barrier()
 
     if ranks.is_main:
@@ -164,6 +173,7 @@ def main():
 
 def finish(folder, files, labels, class_names):
     """Write labels.csv and the contact sheet beside the samples, and for images the npz."""
+    class_names = list(map(printable, class_names))
     with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file", "label", "class"])
@@ -172,7 +182,7 @@ def finish(folder, files, labels, class_names):
     media.contact_sheet(shown, [class_names[label] for label in labels[:SHEET_SIZE]]).save(folder / "grid.png")
     print(f"Wrote {len(files)} samples, labels.csv and grid.png to {folder}")
     if files[0].suffix == ".png":
-        archive = folder.with_name(folder.name + ".npz")
+        archive = Path(f"{folder.resolve() if folder.name in ('', '..') else folder}.npz")
         media.save_npz(archive, files)
         print(f"Wrote {archive}")
 

@@ -113,7 +113,7 @@ class Saver:
             return
         checkpoint.save(log.folder / "checkpoints" / f"{step:07d}.pt", {
             **{name: part.state_dict() for name, part in trainer.parts().items()},
-            "args": vars(self.args),
+            "args": resume.absolute(vars(self.args)),
             "step": step,
             "epoch": step * self.args.global_batch_size // len(self.dataset),
             "meter": meter_state,

@@ -84,3 +84,8 @@ def assert_same_checkpoint(one, other):
     assert ours.keys() == theirs.keys()
     for (path, a), (_, b) in zip(leaves(ours), leaves(theirs), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
+def newest(results_dir, same_run):
+    """(path, content) of the newest good checkpoint of the newest run for which same_run(args), or None."""
+    return next((each for each in checkpoint.found(results_dir) if same_run(each[1]["args"])), None)

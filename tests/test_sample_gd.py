@@ -3,6 +3,7 @@
 import csv
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +177,31 @@ def test_what_contradicts_the_checkpoint_is_an_error(sample, image_ckpt, flags, 
     result = sample(image_ckpt, *flags.split())
     assert result.code == 2 and re.search(words, result.err), result.err
     assert result.err.count("\n") == 1 and not result.folder.exists()
+
+
+def test_the_working_directory_may_be_the_folder(sample, image_ckpt, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = sample(image_ckpt, "--folder", ".")
+    assert result.code == 0 and (tmp_path / "here" / "labels.csv").exists() and (tmp_path / "here.npz").exists()
+
+
+def test_class_names_of_any_bytes_are_written(sample, tmp_path):
+    path = save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS, names=["caf\udce9", "b\nc", "\u6771"])
+    result = sample(path, "--classes", 0, 1, 2)
+    assert result.code == 0, result.err
+    assert [name for _, name in labels(result.folder)][:3] == ["caf\\udce9", "b\\nc", "\u6771"]
+
+
+def test_the_same_autoencoder_written_another_way_makes_the_same_samples(sample, tmp_path, tiny_vae, monkeypatch):
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3).state_dict()
+    args = {**IMAGE_ARGS, "vae": tiny_vae, "image_size": 32}
+    checkpoint.save(tmp_path / "x.pt", {"model": model, "ema": model, "args": args})
+    assert sample(tmp_path / "x.pt").code == 0
+    monkeypatch.chdir(Path(tiny_vae).parent)
+    for spelled in (f"{tiny_vae}/", Path(tiny_vae).name, f"./{Path(tiny_vae).name}/"):
+        again = sample(tmp_path / "x.pt", "--vae", spelled)
+        assert again.code == 0 and "0 of 5 samples to make" in again.out, again.err
 
 
 def test_a_disk_that_fills_up_is_one_line(sample, image_ckpt, monkeypatch):

@@ -19,7 +19,7 @@ from PIL import Image
 from EqM.engine.precision import FLAGS as PRECISIONS
 from EqM.models import EqM_models
 from EqM.run import checkpoint
-from helpers import REPO, assert_same_checkpoint, leaves, train_args
+from helpers import REPO, assert_same_checkpoint, leaves, newest, train_args
 
 TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
 
@@ -297,7 +297,7 @@ def test_kill_9_at_random_moments_loses_no_checkpoint_and_the_same_command_goes_
         time.sleep(random.uniform(0, 0.5))
         process.kill()
         told = re.findall(r"Saved checkpoint (\d+)", process.communicate()[0])
-        path, content = checkpoint.newest(tmp_path / "runs", lambda args: True)
+        path, content = newest(tmp_path / "runs", lambda args: True)
         assert content["step"] >= max([reached + 1, *map(int, told)])
         assert path.parent.parent.name.startswith("000-")
         reached = content["step"]

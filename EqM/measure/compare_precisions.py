@@ -94,15 +94,17 @@ def parse_args(argv=None):
 
 def open_out(args):
     """Make the folder, and note there what the comparison is. Raises UserError if it holds another one."""
-    told = {name: value for name, value in vars(args).items() if name not in ("out", "jobs", "seeds", "precisions")}
+    described = {
+        name: value for name, value in vars(args).items() if name not in ("out", "jobs", "seeds", "precisions")
+    }
     note = args.out / "comparison.json"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else told
-        differs = [name for name in told if theirs.get(name) != told[name]]
+        theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else described
+        differs = [name for name in described if theirs.get(name) != described[name]]
         if differs:
             raise UserError(f"--out {args.out} holds another comparison ({', '.join(differs)} differ); choose another")
-        note.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        note.write_text(json.dumps(described, indent=1), encoding="utf-8")
         (args.out / "logs").mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {args.out} cannot be used: {reason(error)}") from None

@@ -354,11 +354,6 @@ def _in_order(folder):
     )
 
 
-def newest(results_dir, same_run):
-    """(path, content) of the newest good checkpoint of the newest run for which same_run(args), or None."""
-    return next((each for each in found(results_dir) if same_run(each[1]["args"])), None)
-
-
 def newest_of(folder):
     """Path of the newest checkpoint in a run folder, or in its folder of checkpoints. Raises UserError if none is."""
     of_run = _in_order(Path(folder) / "checkpoints") or _in_order(folder)

@@ -43,6 +43,12 @@ def same_path(a, b):
         return False
 
 
+def absolute(args):
+    """args with places on this machine written so that they are found from another working directory too."""
+    places = {name: args[name] for name in (*PLACES, "vae") if args.get(name) and os.path.exists(args[name])}
+    return {**args, **{name: os.path.abspath(place) for name, place in places.items()}}
+
+
 def data_digest(names, labels, paths=None):
     """{"items", "digest"} of a data set, in its order: names (texts or bytes, relative to its folder) and labels.
 

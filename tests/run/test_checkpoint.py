@@ -17,7 +17,7 @@ from EqM.engine import optimizer as optim
 from EqM.models import EqM_models
 from EqM.run import checkpoint
 from EqM.run.errors import UserError
-from helpers import REPO
+from helpers import REPO, newest
 
 
 def tiny(num_classes=3, seed=0):
@@ -376,17 +376,17 @@ def test_newest_is_the_last_good_checkpoint_of_the_last_run_of_the_same_kind(tmp
     make_run(tmp_path, "003-EqM-A", [], seed=1)
     (folder / "0000030.pt").write_bytes((folder / "0000030.pt").read_bytes()[:100])
     (folder / "0000040.partial").write_bytes(b"half")
-    path, content = checkpoint.newest(tmp_path, lambda args: args["seed"] == 1)
+    path, content = newest(tmp_path, lambda args: args["seed"] == 1)
     assert path == folder / "0000020.pt" and content["step"] == 20
-    assert checkpoint.newest(tmp_path, lambda args: args["seed"] == 3) is None
-    assert checkpoint.newest(tmp_path / "nowhere", lambda args: True) is None
+    assert newest(tmp_path, lambda args: args["seed"] == 3) is None
+    assert newest(tmp_path / "nowhere", lambda args: True) is None
 
 
 def test_numbers_are_compared_as_numbers(tmp_path):
     """Run 1000 is newer than 999, and step 10,000,000 than 9,999,999."""
     make_run(tmp_path, "999-EqM-A", [1])
     folder = make_run(tmp_path, "1000-EqM-A", [9_999_999, 10_000_000])
-    path, content = checkpoint.newest(tmp_path, lambda args: True)
+    path, content = newest(tmp_path, lambda args: True)
     assert path.parent == folder and content["step"] == 10_000_000
     checkpoint.prune(folder, 1)
     assert [path.stem for path in folder.iterdir()] == ["10000000"]
