@@ -12,6 +12,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ class EqMPipeline:
     def _label(self, wanted: str | int) -> int:
         if isinstance(wanted, str) and wanted in self.class_names:
             return self.class_names.index(wanted)
-        if str(wanted).isdigit() and int(wanted) < self.model.num_classes:
+        if str(wanted).isdecimal() and int(wanted) < self.model.num_classes:
             return int(wanted)
         known = ", ".join(self.class_names[:SHOWN]) + (", ..." if len(self.class_names) > SHOWN else "")
         raise UserError(
@@ -194,7 +195,7 @@ class EqMPipeline:
         """Follow the guided field from x (N, C, [T,] h, w) to samples, shaped and typed like x.
 
         The arguments are sample_gd.py's flags. progress wraps the range of updates (tqdm, say). settings: of
-        samplers.Descent besides (betas, stop_norm, atol, ...). Raises UserError where the field is not finite.
+        samplers.Descent besides (betas, stop_norm, atol, ...). Raises UserError if dopri5's field is not finite.
         """
         field = self.guided(self._as_tensor(labels), cfg_scale, cfg_channels)
         interval = self.transport.interval(self.transport.sample_eps)
@@ -203,7 +204,7 @@ class EqMPipeline:
                 return samplers.descend(
                     field, x, num_sampling_steps, stepsize, sampler, progress, mu=mu, interval=interval, **settings
                 )
-            except ArithmeticError as error:
+            except samplers.NoStep as error:
                 raise UserError(f"--sampler {sampler}: {error}; try FP32 or a smaller --stepsize") from None
 
     def encode(self, samples: np.ndarray | Tensor) -> Tensor:
@@ -234,13 +235,20 @@ class EqMPipeline:
         classes: names or numbers, taken in turn; None draws labels at random. how: as descend takes it.
         """
         labels = self.labels(classes, range(num_samples), seed)
+        noise = how.pop("noise", None)  # langevin's, whose rows count from 0 in each batch
         ends, pictures = [], []
         for start in range(0, num_samples, batch_size):
             batch = range(start, min(start + batch_size, num_samples))
+            if noise is not None:
+                how["noise"] = partial(_shifted, noise, start)
             x = self.descend(self.noise(batch, seed), torch.tensor([labels[i] for i in batch]), **how)
             pictures.append(self.decode(x).cpu())
             ends.append(x)
         return Samples(torch.cat(pictures).numpy(), labels, torch.cat(ends))
+
+
+def _shifted(noise: samplers.Noise, start: int, row: int, step: int) -> Tensor:
+    return noise(start + row, step)
 
 
 def _activate(name: str, device: torch.device) -> Precision:

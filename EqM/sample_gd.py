@@ -71,17 +71,19 @@ def recipe(args, ema, run_in):
     return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, "noise": NOISE, **resume.absolute(flags)}
 
 
-def open_folder(folder, files, made_by, resume):
+def open_folder(folder, files, made_by, add_missing):
     """Numbers of the samples that are still to be made; says in samples.json what the folder holds.
 
     files: path of every sample. made_by: their recipe. Raises UserError if the folder holds other samples.
     """
     note = folder / "samples.json"
     present = {i for i, path in enumerate(files) if path.exists()}
-    if present and not resume:
+    if present and not add_missing:
         raise UserError(f"--folder {folder} holds samples already; choose another, or --resume to add what is missing")
     try:
         theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        if not isinstance(theirs, dict):
+            raise ValueError(f"{note} is not what a sampler wrote")
         differs = [name for name in made_by if not _same(name, theirs.get(name), made_by[name])]
         if present and differs:
             origin = f"other samples ({', '.join(differs)} differ)" if theirs else "samples of unknown origin"
@@ -96,7 +98,7 @@ def open_folder(folder, files, made_by, resume):
 
 
 def _same(name, theirs, ours):
-    return resume.same_path(theirs, ours) if name == "vae" else theirs == ours
+    return resume.same_vae(theirs, ours) if name == "vae" else theirs == ours
 
 
 class Writers:
@@ -107,14 +109,20 @@ class Writers:
         self.pool = ThreadPoolExecutor(WRITERS)
         self.coming = None  # (paths, uint8 samples (N, T, H, W, 3) on their way to the CPU, fence)
         self.writing = []
+        self.failed = False
 
     def put(self, paths, samples, arrived):
         """Take a batch, and write the one before it. Raises UserError if an earlier one could not be written."""
-        for done in self.writing:
-            done.result()
+        try:
+            for done in self.writing:
+                done.result()
+        except UserError:
+            self.failed = True
+            raise
         self.writing = []
-        if self.coming is not None:
-            before, pixels, fence = self.coming
+        taken, self.coming = self.coming, None  # so that a signal in between does not have it written twice
+        if taken is not None:
+            before, pixels, fence = taken
             fence()
             frames = pixels.numpy()
             self.writing = [
@@ -128,7 +136,7 @@ class Writers:
     def __exit__(self, kind, error, trace):
         """Write all that was taken, also when something stops the sampler, unless writing is what failed."""
         try:
-            if kind is None or not issubclass(kind, UserError):
+            if not self.failed:
                 self.put(None, None, None)
                 self.put(None, None, None)
         finally:

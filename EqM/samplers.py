@@ -28,6 +28,10 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 ADAM_EPS = 1e-8
 
 
+class NoStep(ArithmeticError):
+    """A sampler that picks its own steps finds none that is short enough."""
+
+
 class Ends(NamedTuple):
     """Where a batch ended, x shaped (N, ...), and how often the field was evaluated for each sample."""
 
@@ -385,7 +389,7 @@ class _Dopri5(_Gd):
         following = [h * _factor(error, top) for h, error, top in zip(lengths, errors, most, strict=True)]
         shortest = 10 * torch.finfo(x.dtype).eps * self.how.updates
         if not all(fits or h > shortest for h, fits in zip(following, good, strict=True)):
-            raise ArithmeticError("dopri5 finds no step short enough: the field is not finite, or not continuous")
+            raise NoStep("dopri5 finds no step short enough: the field is not finite, or not continuous")
         taken = expand_like(torch.tensor(good, device=x.device), x)
         batch.x, batch.kept["slope"] = (
             torch.where(taken, new, old) for new, old in ((x, batch.x), (slopes[-1], slopes[0]))

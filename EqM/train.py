@@ -201,12 +201,9 @@ def main():
     autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
     model = architecture.build_model(args).to(ranks.device)
-    notes = []
-    trainer = Trainer(args, model, run_in, total_steps, ranks, notes.append)
+    trainer = Trainer(args, model, run_in, total_steps, ranks, dataset.notes.append)
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
-    for note in notes:
-        log.info(note)
     save = Saver(args, ranks, trainer, meter, dataset, data, log)
     preview = None
     if args.sample_every and ranks.is_main:

@@ -98,9 +98,20 @@ def test_classes_are_names_numbers_or_drawn(image_ckpt):
     assert pipe.labels(["owl", 0, "1"], range(4)) == [2, 0, 1, 2]
     drawn = pipe.labels(None, range(60))
     assert set(drawn) == {0, 1, 2} and drawn == pipe.labels(None, range(60)) != pipe.labels(None, range(60), seed=1)
-    for wrong in ("emu", 3, "-1"):
+    for wrong in ("emu", 3, "-1", "\N{SUPERSCRIPT TWO}"):
         with pytest.raises(UserError, match=f"{wrong} is no class .* cat, dog, owl"):
             pipe.labels([wrong], [0])
+
+
+def test_noise_of_langevin_is_a_samples_own_whatever_the_batch(image_ckpt):
+    def noise(row, step):
+        return torch.full((3, 8, 8), 100.0 * row + step)
+
+    pipe = open_pipe(image_ckpt)
+    how = {"num_samples": 3, "sampler": "langevin", "temperature": 1e-4, "noise": noise, "cfg_scale": 1.0, **SHORT}
+    one, all_at_once = (pipe(batch_size=size, **how).latents for size in (1, 3))
+    torch.testing.assert_close(one, all_at_once, atol=1e-5, rtol=1e-5)
+    assert (all_at_once[2] - all_at_once[0]).abs().mean() > 1, "rows differ in their noise"
 
 
 def test_weights_and_what_is_wrong_with_a_call(image_ckpt, tmp_path):

@@ -110,6 +110,17 @@ def test_another_precision_or_batch_goes_on_and_says_what_is_no_longer_exact(tra
         assert result.folder != first.folder and result.checkpoints[0].name == "0000003.pt"
 
 
+def test_steps_that_fp16_skipped_are_no_fault_in_bf16(train, tmp_path):
+    first = train("--use-amp", "--epochs", 50)
+    saved = torch.load(first.checkpoints[0], weights_only=True)
+    saved["guard"]["skipped"].fill_(3)
+    torch.save(saved, tmp_path / "skipped.pt")
+    flags = ["--ckpt", tmp_path / "skipped.pt", "--max-steps", 3, "--epochs", 50, "--log-every", 1]
+    for name, skipped in (("bf16", "0"), ("fp16", "3")):
+        result = train(*flags, *PRECISIONS[name], root=name)
+        assert result.code == 0 and rows(result.folder)[-1]["Skipped Steps"] == skipped, result.err
+
+
 def test_auto_resume_starts_goes_on_and_then_has_nothing_to_do(train):
     flags = ["--auto-resume", "--epochs", 50]
     first = train(*flags)

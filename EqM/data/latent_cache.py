@@ -39,7 +39,7 @@ DAMAGED = (OSError, ValueError)  # what reading such a folder raises
 class LatentCache(Dataset):
     """Items of a finished cache, asked for by (epoch, index): (moments FP16 (2, C, [T,] h, w), label, -1).
 
-    The interface of data.LabelledFiles: flips are the same function of (seed, epoch, index).
+    The interface of files.LabelledFiles: flips are the same function of (seed, epoch, index).
     Raises UserError if the folder is no cache, is damaged, unfinished, or was made from something else than args say.
     """
 

@@ -166,9 +166,12 @@ def read(dataset, stream, num_workers, pin_memory):
             yield batch
             workers.check()
     except ValueError as error:
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        told = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        if not told.startswith("no file of class"):  # a dataset's own word, in a worker or here; else a bug
+            raise
+        raise UserError(told) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # but "Caught RuntimeError in DataLoader worker": a bug
             raise
         died = workers.died or error  # the first to be told knows more: which signal it was
         raise UserError(f"a data worker died ({reason(died)}); if memory ran out, use fewer --num-workers") from None

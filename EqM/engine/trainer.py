@@ -49,12 +49,16 @@ class Trainer:
         parts = self.parts()
         checkpoint.load_weights(parts["model"], saved["model"], path, saved["args"])
         checkpoint.load_weights(parts["ema"], saved["ema"], path, saved["args"])
+        if "step" not in saved:  # published: the weights alone are a start
+            return 0
         if "opt" in saved:
             checkpoint.load_optimizer(parts["opt"], saved["opt"])
-        for name in ("scaler", "schedule", "guard"):
+        same_precision = saved.get("precision") == self.run_in.name
+        # FP16's skipped steps are no fault in another precision, where one skip ends a run.
+        for name in ("scaler", "schedule", *(["guard"] if same_precision else [])):
             if saved.get(name):  # a scaler that was off has nothing to say
                 parts[name].load_state_dict(saved[name])
-        return saved.get("step", 0)
+        return saved["step"]
 
     def step(self, stream):
         """Train on the next micro-batches of a stream of (latents, labels), without waiting for the device.

@@ -147,6 +147,7 @@ class SharedSet:
     _made = itertools.count()
 
     def __init__(self):
+        # There is no public way to the store that the ranks met at.
         store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
         self._store = dist.PrefixStore(f"shared_set/{next(self._made)}", store)
 

@@ -18,6 +18,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
+DRAWN = ("Train Loss", "Grad Norm")  # in loss.png
+
 
 def new_run_folder(args):
     """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path.
@@ -107,11 +109,15 @@ class RunLog:
         from matplotlib.figure import Figure  # takes a second to import
 
         with open(self._metrics, newline="", encoding="utf-8") as file:
-            whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill may cut the last one
-            rows = {int(row["step"]): row for row in whole}  # a resumed run may say a step again
+            rows = {}
+            for row in csv.DictReader(file):
+                try:  # a kill may cut a row; a resumed run may say a step again
+                    rows[int(row["step"])] = [float(row[name]) for name in DRAWN]
+                except (KeyError, TypeError, ValueError):
+                    continue
         figure = Figure(figsize=(8, 6), layout="constrained")
-        for axes, name in zip(figure.subplots(2, 1, sharex=True), ("Train Loss", "Grad Norm"), strict=True):
-            axes.plot(sorted(rows), [float(rows[step][name]) for step in sorted(rows)], linewidth=1)
+        for i, (axes, name) in enumerate(zip(figure.subplots(2, 1, sharex=True), DRAWN, strict=True)):
+            axes.plot(sorted(rows), [rows[step][i] for step in sorted(rows)], linewidth=1)
             axes.set(ylabel=name, yscale="log")
             axes.grid(alpha=0.3)
         axes.set_xlabel("step")

@@ -32,6 +32,7 @@ NUMBERS = (
     "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
 )  # fmt: skip
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
+NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
 
@@ -45,8 +46,13 @@ def same_path(a, b):
 
 def absolute(args):
     """args with places on this machine written so that they are found from another working directory too."""
-    places = {name: args[name] for name in (*PLACES, "vae") if args.get(name) and os.path.exists(args[name])}
-    return {**args, **{name: os.path.abspath(place) for name, place in places.items()}}
+    places = {name: args[name] for name in (*PLACES, "vae") if args.get(name) and args[name] not in NO_PLACES}
+    return {**args, **{name: os.path.abspath(place) for name, place in places.items() if os.path.exists(place)}}
+
+
+def same_vae(a, b):
+    """Whether two values of --vae name one autoencoder, as far as names tell."""
+    return a == b if {a, b} & {*NO_PLACES} else same_path(a, b)
 
 
 def data_digest(names, labels, paths=None):
@@ -151,7 +157,9 @@ def _differs(name, theirs, ours):
         return False
     if name == "patch_frames":  # left out: as the patch's side, which ends the model's name
         before, after = (str(args[name] or str(args["model"]).rpartition("/")[2]) for args in (theirs, ours))
-    if name in PLACES or (name == "vae" and not {"ema", "mse", "none"} & {before, after}):
+    if name == "vae":
+        return not same_vae(before, after)
+    if name in PLACES:
         return not same_path(before, after)
     return before != after
 

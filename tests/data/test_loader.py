@@ -148,3 +148,18 @@ def test_a_name_that_no_terminal_takes_is_told(tmp_path):
     with pytest.raises(UserError, match="no file of class .*caf.*can be read") as raised:
         next(loader.read(files, [[(0, 0)]], num_workers=0, pin_memory=False))
     (told[0] + str(raised.value)).encode("ascii")
+
+
+class Broken(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, key):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError("a bug of ours"), ValueError("another bug")])
+def test_a_bug_in_a_dataset_keeps_its_traceback(workers, error):
+    with pytest.raises(type(error), match="bug"):
+        next(loader.read(Broken(error), [[(0, 0)]], workers, False))

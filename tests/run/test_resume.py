@@ -265,3 +265,13 @@ def test_a_run_folder_has_one_process_and_a_killed_one_leaves_no_lock(tmp_path):
         os.killpg(holder.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="run.lock cannot be written: No such"):
         resume.lock_run(tmp_path / "nowhere")
+
+
+def test_a_folder_that_is_called_like_a_published_autoencoder_is_not_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ema", "none", "own", "data"):
+        (tmp_path / name).mkdir()
+    for vae, kept in (("ema", "ema"), ("none", "none"), ("own", str(tmp_path / "own")), ("gone", "gone")):
+        args = resume.absolute({"vae": vae, "data_path": "data/", "latents": None})
+        assert args == {"vae": kept, "data_path": str(tmp_path / "data"), "latents": None}
+    assert not resume.same_vae("ema", str(tmp_path / "ema")) and resume.same_vae("own", str(tmp_path / "own") + "/")
