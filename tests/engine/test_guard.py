@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from EqM import train as train_script
+from EqM.engine.guard import StepGuard
 from EqM.engine.precision import FLAGS as PRECISIONS
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.models import EqM_models
+from EqM.run.errors import UserError
 from helpers import leaves
 
+CPU = torch.device("cpu")
 BATCH = (torch.linspace(-2, 2, 2 * 4 * 8 * 8).view(2, 4, 8, 8), torch.zeros(2, dtype=torch.long))
 
 
@@ -54,3 +57,37 @@ def test_the_scaler_grows_by_the_same_verdict():
     for _ in range(2):
         assert trainer.step(iter([BATCH]))[2] == 1
     assert trainer.scaler.get_scale() == 2.0**17
+
+
+def judged(guard, *norms):
+    return [guard.judge(torch.tensor(norm)).item() for norm in norms]
+
+
+def test_guard_counts_skipped_steps_and_their_streak():
+    guard = StepGuard(Precision("fp16", CPU, "test"))
+    assert judged(guard, 1.0, float("inf"), float("nan"), 2.0, float("inf")) == [1, 0, 0, 1, 0]
+    assert guard.check(5, scale=8.0) == 3
+    assert (guard.skipped.item(), guard.streak.item()) == (3, 1)
+    twin = StepGuard(Precision("fp16", CPU, "test"))
+    twin.load_state_dict(guard.state_dict())
+    assert twin.check(5, scale=8.0) == 3 and twin.streak.item() == 1
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_one_non_finite_step_stops_a_run_that_cannot_mend_it(name):
+    guard = StepGuard(Precision(name, CPU, "test"))
+    judged(guard, 1.0)
+    assert guard.check(1, scale=1.0) == 0
+    judged(guard, float("nan"))
+    with pytest.raises(UserError, match=f"step 2.*{name.upper()}.*--max-grad-norm"):
+        guard.check(2, scale=1.0)
+
+
+def test_fp16_stops_when_its_scale_collapses_or_nothing_but_skips_comes():
+    guard = StepGuard(Precision("fp16", CPU, "test"))
+    judged(guard, float("inf"))
+    with pytest.raises(UserError, match="scale fell to 0.5.*--use-bf16"):
+        guard.check(1, scale=0.5)
+    judged(guard, *[float("inf")] * (StepGuard.MAX_STREAK - 1))
+    with pytest.raises(UserError, match=f"skipped {StepGuard.MAX_STREAK} steps in a row"):
+        guard.check(50, scale=2.0)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from EqM.engine import precision
 from EqM.engine.cpu_products import ProductAttention, RoundedProducts
-from EqM.engine.guard import StepGuard
 from EqM.engine.precision import DTYPES, Precision
 from EqM.models import EqM_models
 from EqM.run.errors import UserError
@@ -263,40 +262,6 @@ def test_fp16_without_scaling_loses_gradients_that_the_scaler_keeps():
 
     assert not gradient(1.0).any()
     torch.testing.assert_close(gradient(65536.0), torch.full((4, 4), 2e-9), rtol=1e-2, atol=0)
-
-
-def judged(guard, *norms):
-    return [guard.judge(torch.tensor(norm)).item() for norm in norms]
-
-
-def test_guard_counts_skipped_steps_and_their_streak():
-    guard = StepGuard(in_precision("fp16"))
-    assert judged(guard, 1.0, float("inf"), float("nan"), 2.0, float("inf")) == [1, 0, 0, 1, 0]
-    assert guard.check(5, scale=8.0) == 3
-    assert (guard.skipped.item(), guard.streak.item()) == (3, 1)
-    twin = StepGuard(in_precision("fp16"))
-    twin.load_state_dict(guard.state_dict())
-    assert twin.check(5, scale=8.0) == 3 and twin.streak.item() == 1
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_one_non_finite_step_stops_a_run_that_cannot_mend_it(name):
-    guard = StepGuard(in_precision(name))
-    judged(guard, 1.0)
-    assert guard.check(1, scale=1.0) == 0
-    judged(guard, float("nan"))
-    with pytest.raises(UserError, match=f"step 2.*{name.upper()}.*--max-grad-norm"):
-        guard.check(2, scale=1.0)
-
-
-def test_fp16_stops_when_its_scale_collapses_or_nothing_but_skips_comes():
-    guard = StepGuard(in_precision("fp16"))
-    judged(guard, float("inf"))
-    with pytest.raises(UserError, match="scale fell to 0.5.*--use-bf16"):
-        guard.check(1, scale=0.5)
-    judged(guard, *[float("inf")] * (StepGuard.MAX_STREAK - 1))
-    with pytest.raises(UserError, match=f"skipped {StepGuard.MAX_STREAK} steps in a row"):
-        guard.check(50, scale=2.0)
 
 
 @pytest.mark.parametrize("name", HALVES)
