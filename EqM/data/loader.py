@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import time
 from contextlib import contextmanager
 from multiprocessing import active_children
 from threading import Timer, current_thread, main_thread
@@ -170,8 +171,9 @@ def read(dataset, stream, num_workers, pin_memory):
         if not told.startswith("no file of class"):  # a dataset's own word, in a worker or here; else a bug
             raise
         raise UserError(told) from None
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # but "Caught RuntimeError in DataLoader worker": a bug
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died with a batch half sent
+        told = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+        if not told and not workers.have_died():  # "Caught RuntimeError in DataLoader worker", say: a bug
             raise
         died = workers.died or error  # the first to be told knows more: which signal it was
         raise UserError(f"a data worker died ({reason(died)}); if memory ran out, use fewer --num-workers") from None
@@ -221,6 +223,15 @@ class _Workers:
 
         hold.raises = tell
         signal.signal(signal.SIGCHLD, hold)
+
+    def have_died(self):
+        """Whether one has, as far as is known after a moment."""
+        late = time.monotonic() + self.LAST_WORDS
+        while time.monotonic() < late:
+            time.sleep(0.05)  # first of all for the signal that tells more than is_alive
+            if self.died is not None or not all(process.is_alive() for process in self.processes):
+                return True
+        return False
 
     def check(self):
         if self.died is not None and not all(process.is_alive() for process in self.processes):

@@ -177,7 +177,7 @@ print(*test_stops.workers_below(), flush=True)
 def test_workers_end_with_their_trainer_and_say_nothing():
     """At the end of the interpreter, where busy ones would be waited for, and after kill -9."""
     ends = {0: LOADER.format(busy=-1, end=""), -9: LOADER.format(busy=3, end="import os; os.kill(os.getpid(), 9)")}
-    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    path = os.pathsep.join([str(REPO), str(REPO / "tests"), str(REPO / "tests/run")])
     trainers = [
         subprocess.Popen(
             [sys.executable, "-c", script],
