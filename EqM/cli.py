@@ -8,12 +8,13 @@ import sys
 
 from tqdm import tqdm
 
+from EqM import transport
 from EqM.architecture import MODEL_DEFAULTS
 from EqM.models import EBM_KINDS, EqM_models
 from EqM.run import distributed, stops
 from EqM.run.errors import UserError, is_mendable, is_out_of_memory, print_anything, reason
 from EqM.samplers import SAMPLERS
-from EqM.transport import PATHS, PREDICTIONS
+from EqM.transport import C_DEFAULTS, C_SCHEDULES, PATHS, PREDICTIONS
 
 LEFT_OUT = " (left out: as in the checkpoint)"
 
@@ -197,6 +198,42 @@ def add_transport(parser, from_checkpoint=False):
         type=fraction,
         help="sampling stays this far from singular ends of t; left out: what the path needs",
     )
+
+
+def add_c(parser):
+    """The c(t) that a model is trained on, and that its step size depends on."""
+    group = parser.add_argument_group("c(t), the magnitude of the target")
+    c = C_DEFAULTS.get
+    group.add_argument("--c-schedule", choices=C_SCHEDULES, default=c("c_schedule"), help="how c falls towards data")
+    group.add_argument(
+        "--c-start", type=float, default=c("c_start"), help="t from which truncated and piecewise fall to 0"
+    )
+    group.add_argument(
+        "--c-peak", type=float, default=c("c_peak"), help="piecewise's value at pure noise, a multiple of the scale"
+    )
+    group.add_argument(
+        "--c-scale", type=float, default=c("c_scale"),
+        help="lambda, the gradient multiplier; twice as much wants half the step size when sampling",
+    )  # fmt: skip
+
+
+def check_c(parser, args):
+    """End with one line if what add_c added makes no c(t), or says what has no effect."""
+    settings = {name: getattr(args, name) for name in C_DEFAULTS}
+    try:
+        transport.check_c(*settings.values())
+    except ValueError as error:
+        parser.error(str(error))
+    other = [name for name, value in settings.items() if value != C_DEFAULTS[name]]
+    if other and args.prediction != "velocity":
+        parser.error(f"c(t) is part of the velocity's target; drop {_flag(other[0])} or --prediction {args.prediction}")
+    unused = [name for name in ("c_start", "c_peak") if name in other and name not in C_SCHEDULES[args.c_schedule]]
+    if unused:
+        parser.error(f"{_flag(unused[0])} has no effect on --c-schedule {args.c_schedule}; drop it, or choose another")
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def add_runtime(parser):

@@ -39,6 +39,7 @@ def parse_args(argv=None):
     cli.add_encoding(parser)
     cli.add_data(parser, required=False)
     cli.add_transport(parser)
+    cli.add_c(parser)
     precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("latents")
@@ -78,6 +79,7 @@ def parse_args(argv=None):
         parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    cli.check_c(parser, args)
     architecture.check_geometry(args)
     return args
 
@@ -155,7 +157,7 @@ def open_run(args, ranks, trainer, meter, dataset):
 
     def open_folder():
         check_trackers(args)
-        folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args)
+        folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args, trainer.transport.c_name)
         resume.lock_run(folder)
         return RunLog(folder, args)
 

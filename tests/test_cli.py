@@ -54,6 +54,10 @@ BAD = {
         "--prediction": "data",
         "--loss-weight": "none",
         "--lr-schedule": "step",
+        "--c-schedule": "cosine",
+        "--c-start": "0 1 -0.1 nan x",
+        "--c-peak": "0 inf 2",  # 2 is piecewise's alone
+        "--c-scale": "0 -4 nan inf x",
         "--vae-precision": "bf16",
         "--vae": "large /nowhere",
         "--device": "gpu cuda:99 tpu",
@@ -140,6 +144,8 @@ def test_a_bad_value_is_one_line_before_anything_is_made(run_script, base, tmp_p
         ("train", "--video --clip-len 6 --image-size 16", "--clip-len 6 must be a multiple"),
         ("train", "--ebm dot --grad-checkpointing", "--grad-checkpointing"),
         ("train", "--latents /nowhere", "either --data-path"),
+        ("train", "--c-start 0.7 --c-schedule linear", "--c-start has no effect on --c-schedule linear"),
+        ("train", "--c-scale 8 --prediction noise", "drop --c-scale or --prediction noise"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(run_script, base, tmp_path, script, flags, words):

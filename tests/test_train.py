@@ -335,3 +335,22 @@ def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, na
     assert [path.name for path in sheets] == ["0000002.png", "0000004.png"]
     first, second = (np.asarray(Image.open(path)) for path in sheets)
     assert first.shape == second.shape and not np.array_equal(first, second)
+
+
+def test_another_c_names_the_run_is_saved_and_is_another_run(train):
+    """A run of before, whose checkpoint says nothing of c, had the default one."""
+    curve = ["--c-schedule", "piecewise", "--c-start", 0.7, "--c-peak", 2, "--c-scale", 8]
+    flags = ["--epochs", 50, "--auto-resume", "--log-every", 1]
+    first = train(*flags, *curve)
+    assert first.folder.name == "000-EqM-T-4-Linear-velocity-None-c-piecewise-0.7-2-8", first.err
+    args = torch.load(first.checkpoints[0], weights_only=True)["args"]
+    assert [args[f"c_{name}"] for name in ("schedule", "start", "peak", "scale")] == ["piecewise", 0.7, 2, 8]
+    default = train(*flags)
+    assert "c_schedule piecewise -> truncated" in default.out and default.folder.name.endswith("-None")
+    assert rows(default.folder)[0]["Train Loss"] != rows(first.folder)[0]["Train Loss"]
+
+    saved = torch.load(default.checkpoints[0], weights_only=True)
+    saved["args"] = {name: value for name, value in saved["args"].items() if not name.startswith("c_")}
+    torch.save(saved, default.checkpoints[0])
+    assert ", exactly" in train(*flags, "--max-steps", 3).out
+    assert "c_scale 4.0 -> 5.0" in train(*flags, "--c-scale", 5).out

@@ -9,7 +9,7 @@ from EqM.engine import prepare
 from EqM.engine.ema import EMA
 from EqM.engine.guard import StepGuard
 from EqM.run import checkpoint
-from EqM.transport import Transport, dispersive_loss
+from EqM.transport import C_DEFAULTS, Transport, dispersive_loss
 
 
 class Trainer:
@@ -32,7 +32,10 @@ class Trainer:
         self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
         self.scaler = run_in.grad_scaler()
         self.guard = StepGuard(run_in)
-        self.transport = Transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+        c = {name: getattr(args, name) for name in C_DEFAULTS}
+        self.transport = Transport(
+            args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps, **c
+        )
 
     def parts(self):
         """What a checkpoint keeps, by its key there."""

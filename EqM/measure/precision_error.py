@@ -27,7 +27,7 @@ from EqM.measure.report import table
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed, seeds
 from EqM.run.errors import UserError, reason
-from EqM.transport import PathPoint, Transport, dispersive_loss
+from EqM.transport import C_DEFAULTS, PathPoint, Transport, dispersive_loss
 
 GUIDANCE = (1.0, 1.5, 4.0)
 PARTS = {  # what to say of a kind of module, and its name in models.py
@@ -373,7 +373,8 @@ def open_subject(args, path, device):
     items = items.to(device)
     seeds.seed_step(args.global_seed, 0, 0)
     x1 = autoencoders.draw(items) if args.latents else autoencoder.encode(autoencoders.to_pixels(items))
-    transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
+    c = {name: saved["args"].get(name, default) for name, default in C_DEFAULTS.items()}
+    transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps, **c)
     ema = ema.to(device).eval()
     subject = Subject(
         model=model.to(device).eval(),

@@ -21,13 +21,16 @@ except ImportError:  # Windows
 DRAWN = ("Train Loss", "Grad Norm")  # in loss.png
 
 
-def new_run_folder(args):
+def new_run_folder(args, suffix=""):
     """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path.
 
+    suffix: of the name, for what few runs have.
     Runs that start at the same moment get different numbers.
     """
     root = Path(args.results_dir)
-    kind = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
+    kind = (
+        f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}{suffix and '-' + suffix}"
+    )
     number = -1
     try:
         root.mkdir(parents=True, exist_ok=True)

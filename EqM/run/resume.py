@@ -25,12 +25,15 @@ except ImportError:  # Windows
 IDENTITY = (
     "model", "image_size", "num_classes", "vae", "uncond", "ebm", "video", "clip_len", "patch_frames", "path_type",
     "prediction", "loss_weight", "disp", "data_path", "latents", "global_seed",
+    "c_schedule", "c_start", "c_peak", "c_scale",
 )  # fmt: skip
 # What changes the numbers of a run that goes on. With --grad-checkpointing or --num-workers they are the same.
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "max_grad_norm",
     "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
 )  # fmt: skip
+# Of flags that checkpoints of before do not say, what was done then. Other flags that one side does not say agree.
+BEFORE = {"c_schedule": "truncated", "c_start": 0.8, "c_peak": 1.0, "c_scale": 4.0}
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
@@ -147,7 +150,9 @@ def _same_data(saved, data):
 
 
 def _differs(name, theirs, ours):
-    """Whether a setting means something else there and here; what one of them does not say is the same."""
+    """Whether a setting means something else there and here; see BEFORE for what one of them does not say."""
+    if name in BEFORE:
+        return theirs.get(name, BEFORE[name]) != ours.get(name, BEFORE[name])
     if name not in theirs or name not in ours:
         return False
     if name in ("clip_len", "patch_frames") and not ours.get("video"):
@@ -165,7 +170,7 @@ def _differs(name, theirs, ours):
 
 
 def _arrow(name, before, after):
-    return f"{name} {before.get(name, 'unknown')} -> {after[name]}"
+    return f"{name} {before.get(name, BEFORE.get(name, 'unknown'))} -> {after.get(name, BEFORE.get(name))}"
 
 
 def going_on(path, changed):

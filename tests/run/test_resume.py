@@ -47,14 +47,16 @@ CHANGES = {
     "disp": True, "prediction": "noise", "path_type": "VP", "loss_weight": "velocity", "train_eps": 0.01, "ebm": "dot",
     "uncond": False, "vae": "ema", "vae_precision": "fp32", "compile": True, "frame_interval": 3,
     "global_batch_size": 8, "grad_accum_steps": 2, "global_seed": 5, "model": "EqM-S/4", "image_size": 16,
-    "num_classes": 4,
+    "num_classes": 4, "c_schedule": "linear", "c_start": 0.7, "c_peak": 2.0, "c_scale": 5.0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("saved", [SAVED, OLD])
 def test_a_setting_that_changes_numbers_is_named_with_both_values(saved, name):
-    assert changed(saved, **{name: CHANGES[name]}) == [f"{name} {ARGS[name]} -> {CHANGES[name]}"]
+    assert changed(saved, **{name: CHANGES[name]}) == [
+        f"{name} {ARGS.get(name, resume.BEFORE.get(name))} -> {CHANGES[name]}"
+    ]
 
 
 def test_several_changes_are_told_in_one_line():
