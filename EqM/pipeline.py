@@ -156,13 +156,25 @@ class EqMPipeline:
         y = self._as_tensor(labels)
         return self._field(x, torch.zeros(len(x), device=x.device) if t is None else t, y)
 
-    def energy(self, x: Tensor, labels: Sequence[str | int] | Tensor) -> Tensor:
-        """The energy at x, (N,), of which the field is minus the gradient. Raises UserError if the model has none."""
+    def energy(self, x: Tensor, labels: Sequence[str | int] | Tensor, t: Tensor | None = None) -> Tensor:
+        """The energy at x, (N,), of which the field is minus the gradient. t: as field takes it.
+
+        Raises UserError if the model has none.
+        """
         if self.model.ebm == "none":
             raise UserError("this model has no explicit energy: it was trained without --ebm")
-        t = torch.zeros(len(x), device=x.device)
+        t = torch.zeros(len(x), device=x.device) if t is None else t
         with torch.no_grad(), self.run_in.autocast():
             return self.model(x, t, self._as_tensor(labels), get_energy=True)[1]
+
+    def score(self, x: Tensor, labels: Sequence[str | int] | Tensor) -> Tensor:
+        """How far each of x (N, C, [T,] h, w) is from the data, (N,): the energy, or the L2 norm of the field where
+        the model has no energy. Higher is further. A model that is conditioned on time is asked at the data's end.
+        """
+        t = torch.full((len(x),), self.transport.interval(self.transport.sample_eps)[1], device=x.device)
+        if self.model.ebm == "none":
+            return self.field(x, labels, t).float().flatten(1).norm(dim=1)
+        return self.energy(x, labels, t)
 
     def _field(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad(), self.run_in.autocast():

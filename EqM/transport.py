@@ -122,7 +122,7 @@ class Transport:
     @property
     def c_name(self) -> str:
         """How a run with this c is told from others: its schedule and what shapes it; empty for the default."""
-        settings = dict(zip(C_DEFAULTS, self._c, strict=True))
+        settings: dict[str, Any] = dict(zip(C_DEFAULTS, self._c, strict=True))
         if settings == C_DEFAULTS:
             return ""
         shape = [settings[name] for name in (*C_SCHEDULES[settings["c_schedule"]], "c_scale")]

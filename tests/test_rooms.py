@@ -17,10 +17,10 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.architecture": 2,
     "EqM.pipeline": 3,
     "EqM.cli": 4, "EqM.preview": 4,
-    "EqM.train": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5,
+    "EqM.train": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5, "EqM.score": 5,
     "EqM.measure": 6,
 }  # fmt: skip
-COMMANDS = ("train", "sample_gd", "extract_latents")
+COMMANDS = ("train", "sample_gd", "extract_latents", "score")
 
 
 def imports_of_ours():
@@ -79,7 +79,7 @@ def two_copies(tmp_path_factory):
         for command in COMMANDS:  # tell where the rest of the package comes from, and end
             script = root / copy / "EqM" / f"{command}.py"
             text = script.read_text(encoding="utf-8")
-            head = text[: text.index("import argparse") if "import argparse" in text else text.index("import json")]
+            head = text[: text.index("\n", text.index("sys.path = [")) + 1]
             script.write_text(head + "import EqM.run.errors\nprint(EqM.run.errors.__file__)\n", encoding="utf-8")
     return root / "installed", root / "beside"
 

@@ -214,6 +214,25 @@ def find_files(root, clips, csv_path=None, tell=lambda line: None):
     return paths, labels, class_names
 
 
+def flat_files(root, clips):
+    """The images or clips in a folder itself, by name. Raises UserError if there are none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{printable(root)} is not a folder")
+    found = [root / name for name in _entries(root)[2] if _is_wanted(os.path.join(root, name), clips)]
+    if not found:
+        raise UserError(f"{printable(root)} holds no {'clips' if clips else 'images'}")
+    return found
+
+
+def _is_wanted(path, clips):
+    """Whether a file is a clip, or an image, by its name, or by its content where the name has no extension."""
+    end = os.path.splitext(path)[1].lower()
+    if clips or end:
+        return end in (CLIP_EXTENSIONS if clips else image_extensions())
+    return _is_picture(path)
+
+
 def _some(names, most):
     """The first few of names, for a message."""
     return ", ".join(printable(name) for name in names[:most]) + (", ..." if len(names) > most else "")
@@ -264,7 +283,6 @@ def _refuse_splits(root, names, extensions):
 def _find_in_folders(root, class_names, clips, tell):
     """(paths, labels), class by class, sorted by folder and name."""
     kind = "clips" if clips else "images"
-    extensions = CLIP_EXTENSIONS if clips else image_extensions()
     above = {_identity(folder) for folder in (root, *root.resolve().parents)}
     paths, labels, left_out, empty = [], [], Counter(), []
     for label, name in enumerate(class_names):
@@ -272,12 +290,12 @@ def _find_in_folders(root, class_names, clips, tell):
         for folder, files, hidden in sorted(_walk(os.path.join(root, name), above)):
             left_out["hidden"] += hidden
             for file in files:
-                path, end = os.path.join(folder, file), os.path.splitext(file)[1].lower()
-                if file.lower().endswith(extensions) or (not end and not clips and _is_picture(path)):
+                path = os.path.join(folder, file)
+                if _is_wanted(path, clips):
                     paths.append(path)
                     labels.append(label)
                 else:
-                    left_out[end or "without extension"] += 1
+                    left_out[os.path.splitext(file)[1].lower() or "without extension"] += 1
         if len(paths) == before:
             empty.append(name)
     if not paths:
