@@ -49,9 +49,9 @@ def complain(line, every_rank=True):
 def run(main):
     """Run a command's main and exit with its status.
 
-    One line on stderr each: what a user can mend, a UserError, a full disk or memory that ran out, exits with 2; a
-    rank that stops because another one did with 1; a signal that nobody but this function heard with 128 + its
-    number. Everything else is a bug and keeps its traceback.
+    One line on stderr each, once for all ranks that say the same: what a user can mend, a UserError, a full disk or
+    memory that ran out, exits with 2; a rank that stops because another one did with 1; a signal that nobody but this
+    function heard with 128 + its number. Everything else is a bug and keeps its traceback.
     """
     Parser.parsed = None
     print_anything()
@@ -90,7 +90,8 @@ def _status_of(main):
             line, status = f"the ranks cannot talk to each other: {cause}", 2
         else:
             raise
-    complain(f"{_told('error')}: {line}")
+    if distributed.is_first_to_say(line):
+        complain(f"{_told('error')}: {line}")
     return status
 
 

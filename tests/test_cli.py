@@ -290,6 +290,13 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_reason(image_folder, t
     assert result.returncode != 0 and "no file of class" in result.stderr
 
 
+def test_what_all_ranks_find_wrong_is_said_once(image_folder, tmp_path):
+    ckpt = save_checkpoint(tmp_path / "other.pt", {**IMAGE_ARGS, "model": "EqM-T/2"})
+    words = train_args(image_folder, tmp_path / "runs", "--ckpt", ckpt)
+    result = torchrun(2, "train", *words, check=False)
+    assert result.returncode != 0 and result.stderr.count("train.py: error: ") == 1, result.stderr
+
+
 def test_two_ranks_encode_one_cache(clip_folder, tiny_vae, tmp_path):
     words = ["--vae", tiny_vae, "--image-size", 16, "--video", "--clip-len", 2, "--num-workers", 0, "--device", "cpu"]
     for ranks in (1, 2):
