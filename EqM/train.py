@@ -29,11 +29,12 @@ from EqM.data.files import open_files
 from EqM.engine import acceleration, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
-from EqM.preview import Preview
 from EqM.run import checkpoint, distributed, resume, seeds
 from EqM.run.errors import UserError
 from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
 from EqM.transport import LOSS_WEIGHTS
+from EqM.watch import schedule
+from EqM.watch.held_out import open_items
 
 
 def parse_args(argv=None):
@@ -72,10 +73,9 @@ def parse_args(argv=None):
     group.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=cli.positive_int, default=50_000, help="steps between checkpoints")
     group.add_argument("--keep-checkpoints", type=cli.positive_int, help="remove all but this many newest")
-    group.add_argument("--sample-every", type=cli.positive_int, help="steps between contact sheets of EMA samples")
-    group.add_argument("--cfg-scale", type=cli.non_negative, default=4.0, help="guidance of these samples; 1 is none")
     group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
+    schedule.add_flags(parser)
     args = parser.parse_args(argv)
     if (args.data_path is None) == (args.latents is None):
         parser.error("give either --data-path, to encode as you train, or --latents")
@@ -84,6 +84,7 @@ def parse_args(argv=None):
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
     cli.check_c(parser, args)
+    schedule.check(parser, args)
     architecture.check_geometry(args)
     return args
 
@@ -200,10 +201,11 @@ def main():
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
     dataset = open_dataset(args)
+    held_out = open_items(args, dataset.class_names)
     loader.micro_batch_size(args, ranks)
     total_steps = resume.total_steps(vars(args), len(dataset))
 
-    needs_autoencoder = not args.latents or (args.sample_every and ranks.is_main)
+    needs_autoencoder = not args.latents or schedule.needs_autoencoder(args, ranks)
     autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
     model = architecture.build_model(args).to(ranks.device)
@@ -211,9 +213,7 @@ def main():
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
     save = Saver(args, ranks, trainer, meter, dataset, data, log)
-    preview = None
-    if args.sample_every and ranks.is_main:
-        preview = Preview(log.folder, args, trainer, autoencoder, dataset.class_names)
+    looks = schedule.looks(args, ranks, trainer, autoencoder, held_out, dataset.class_names, log)
 
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
@@ -239,8 +239,9 @@ def main():
                 "Samples": step * args.global_batch_size,
                 "Peak GiB": peak_memory(ranks.device),
             })  # fmt: skip
-        if preview and step % args.sample_every == 0:
-            preview(step)
+        for every, look in looks:
+            if step % every == 0:
+                look(step)
         if stop.agreed():
             log.info(f"Stopping after step {step}, as the signal asked")
             break
