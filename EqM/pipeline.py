@@ -125,10 +125,12 @@ class EqMPipeline:
     def labels(self, classes: Sequence[str | int] | None, indices: Iterable[int], seed: int = 0) -> list[int]:
         """Labels of the samples of these numbers: classes, by name or number, taken in turn; None draws them.
 
-        Raises UserError for a class that does not exist.
+        ["all"] is every class in turn, unless one is called so. Raises UserError for a class that does not exist.
         """
         if classes is None:
             return [seeds.sample_seed(seed, i, LABEL) % self.model.num_classes for i in indices]
+        if list(classes) == ["all"] and "all" not in self.class_names:
+            return [i % self.model.num_classes for i in indices]
         wanted = [self._label(name) for name in classes]
         return [wanted[i % len(wanted)] for i in indices]
 

@@ -54,7 +54,7 @@ def parse_args():
     group.add_argument(
         "--global-batch-size", type=cli.positive_int, default=256, help="samples at once, over all ranks"
     )
-    group.add_argument("--classes", nargs="+", help="class names or numbers, taken in turn; left out: at random")
+    group.add_argument("--classes", nargs="+", help="class names or numbers, or all, in turn; left out: at random")
     group.add_argument("--fps", type=cli.positive_int, default=8, help="frames per second of clips")
     group.add_argument("--clip-format", choices=("gif", "mp4"), default="gif", help="file type of clips")
     group.add_argument(

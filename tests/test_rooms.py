@@ -16,11 +16,12 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.engine": 1, "EqM.data": 1,
     "EqM.architecture": 2,
     "EqM.pipeline": 3,
-    "EqM.cli": 4, "EqM.watch": 4,
-    "EqM.train": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5, "EqM.score": 5,
-    "EqM.measure": 6,
+    "EqM.cli": 4, "EqM.metrics": 4,
+    "EqM.watch": 5,
+    "EqM.train": 6, "EqM.sample_gd": 6, "EqM.extract_latents": 6, "EqM.evaluate": 6, "EqM.score": 6,
+    "EqM.measure": 7,
 }  # fmt: skip
-COMMANDS = ("train", "sample_gd", "extract_latents", "score")
+COMMANDS = ("train", "sample_gd", "extract_latents", "evaluate", "score")
 
 
 def imports_of_ours():

@@ -199,7 +199,7 @@ def find_files(root, clips, csv_path=None, tell=lambda line: None):
     class_names = sorted(folders + links)
     if clips and csv_path is None and not class_names:
         beside = root.with_suffix(".csv")
-        tables = [beside] if beside.is_file() else [t for t in root.glob("*.csv") if not _is_system(t.name)]
+        tables = [beside] if beside.is_file() else [t for t in root.glob("*.csv") if not is_system(t.name)]
         csv_path = tables[0] if len(tables) == 1 else None
     if csv_path is not None:
         paths, labels, class_names = _find_in_csv(root, Path(csv_path))
@@ -238,7 +238,7 @@ def _some(names, most):
     return ", ".join(printable(name) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _is_system(name):
+def is_system(name):
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
@@ -248,7 +248,7 @@ def _entries(folder):
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _is_system(entry.name):
+                if is_system(entry.name):
                     hidden += 1
                 elif _is_dir(entry):
                     (links if entry.is_symlink() else folders).append(entry.name)

@@ -356,10 +356,15 @@ def _in_order(folder):
 
 def newest_of(folder):
     """Path of the newest checkpoint in a run folder, or in its folder of checkpoints. Raises UserError if none is."""
+    return all_of(folder)[-1]
+
+
+def all_of(folder):
+    """Paths of the checkpoints of a run by step, as newest_of finds them. Raises UserError if there are none."""
     of_run = _in_order(Path(folder) / "checkpoints") or _in_order(folder)
     if not of_run:
         raise UserError(f"{folder} holds no checkpoint; give a run folder or a file")
-    return of_run[-1]
+    return of_run
 
 
 def prune(folder, keep):

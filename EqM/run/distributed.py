@@ -142,6 +142,15 @@ def gather(tensor):
     return [part.cpu() for part in parts]
 
 
+def to_main(ranks, value):
+    """What each rank hands over, in order, on the main rank; None on the others. Every rank must call it."""
+    if _waiting is None:
+        return [value]
+    values = [None] * ranks.world_size if ranks.is_main else None
+    dist.gather_object(value, values, group=_waiting)
+    return values
+
+
 class SharedSet:
     """A set of whole numbers that any rank adds to at any time. Every rank must make as many, in the same order."""
 

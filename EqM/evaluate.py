@@ -1,0 +1,182 @@
+"""Judge samples: FID, sFID, Inception Score, KID, precision, recall, and of clips FVD.
+
+    python EqM/evaluate.py --samples samples --reference VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=N EqM/evaluate.py --ckpt results/000-EqM-S-4-Linear-velocity-None --reference ref.npz
+    python EqM/evaluate.py --make-reference /path/to/imagenet/train --image-size 256 --out ref.npz
+
+Killed, it goes on where it was when run again with the same --json.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not __package__:  # run by its path: import the package beside this file, whatever else is installed
+    sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+if __name__ == "__main__":
+    from EqM.run import stops
+
+    stops.end_at_once()  # until main handles them: what follows takes seconds to import
+
+import argparse
+
+from tqdm import tqdm
+
+from EqM import architecture, cli
+from EqM.engine import acceleration, precision
+from EqM.metrics import features, figures, reference, report, sources
+from EqM.metrics.collect import Progress
+from EqM.metrics.evaluation import Evaluator
+from EqM.pipeline import EqMPipeline
+from EqM.run import checkpoint, distributed
+
+COUNT = {False: 50_000, True: 2_048}  # samples of images, of clips, as published figures are taken
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    group = parser.add_argument_group("what is judged, and against what")
+    judged = group.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--samples", help="folder of images or clips, npz with arr_0, or latent cache to decode")
+    judged.add_argument("--ckpt", nargs="+", help="checkpoints, or run folders for all of theirs; EMA is sampled")
+    judged.add_argument("--make-reference", metavar="DIR", help="data folder or latent cache to make --out of")
+    group.add_argument("--reference", help="folder, npz with arr_0, latent cache, ADM's reference npz, or ours")
+    group.add_argument("--out", help="npz that --make-reference writes")
+    group.add_argument("--inception", metavar="FILE", help="weights of Inception; left out: torch-fidelity's")
+    group.add_argument("--i3d", metavar="FILE", help="scripted I3D for FVD, as StyleGAN-V calls it")
+    group.add_argument("--json", metavar="FILE", help="figures and protocol; progress is kept beside it meanwhile")
+    group.add_argument("--neighbours", type=cli.positive_int, metavar="K", help="picture: K closest items of each")
+    cli.add_model(parser, from_checkpoint=True)
+    cli.add_encoding(parser, from_checkpoint=True)
+    cli.add_transport(parser, from_checkpoint=True)
+    cli.add_sampler(parser)
+    precision.add_flags(parser)
+    cli.add_runtime(parser)
+    group = parser.add_argument_group("samples of checkpoints")
+    group.add_argument("--num-fid-samples", type=cli.positive_int, help="left out: 50,000 images, 2,048 clips")
+    group.add_argument("--batch-size", type=cli.positive_int, default=64, help="samples at once, per rank")
+    group.add_argument("--classes", nargs="+", default=["all"], help="names or numbers in turn; all: equally often")
+    group.add_argument("--keep-samples", metavar="DIR", help="write them there")
+    acceleration.add_compile(group)
+    group = parser.add_argument_group("reference from clips")
+    group.add_argument("--csv", help="labels of a flat folder of clips: video_name,tag")
+    group.add_argument("--frame-interval", type=cli.positive_int, help="as in training; left out: whole clip")
+    args = parser.parse_args()
+    if bool(args.make_reference) == bool(args.reference):
+        parser.error("--samples and --ckpt need --reference, and --make-reference takes none")
+    if bool(args.make_reference) != bool(args.out):
+        parser.error("--make-reference needs --out FILE.npz, and nothing else takes it")
+    return args
+
+
+def main():
+    args = parse_args()
+    ranks = distributed.setup(args.device)
+    run_in = precision.activate_flags(args, ranks.device)
+    tell = tqdm.write if ranks.is_main else lambda line: None
+    networks = features.load(ranks, args.inception, args.i3d, tell)
+    kept = Progress(args.json or args.out, ranks)
+    vae_in = precision.of_vae(args, run_in)
+
+    if args.make_reference:
+        source = to_make(args, vae_in)
+        made = reference.make(source, args.out, networks, ranks, kept)
+        tell(f"Wrote {args.out}: {source.count} items of {sources.size_of(source.shape)}, {made}")
+    else:
+        against = reference.open_reference(args.reference, networks, vae_in, args.vae, tell)
+        evaluator = Evaluator(against, networks, ranks, kept, tell)
+        results, told = [], {}
+        for name, source, about in judged(args, run_in, vae_in, tell):
+            told = {"judged": {**source.told, **about}, **protocol(args, against, networks)}
+            step = {"step": about["step"]} if "step" in about else {}
+            results.append({**evaluator.judge(source, name), **step})
+            if args.neighbours:
+                show_neighbours(args, evaluator, source, name, tell)
+        if ranks.is_main:
+            finish(args, told, results)
+    if ranks.is_main:
+        kept.remove()
+    distributed.cleanup()
+
+
+def to_make(args, vae_in):
+    """The source of --make-reference."""
+    if (Path(args.make_reference) / "cache.json").exists():
+        return sources.Decoded(args.make_reference, vae_in, args.vae)
+    for name in ("image_size", "video", "clip_len"):
+        if getattr(args, name) is None:
+            setattr(args, name, architecture.MODEL_DEFAULTS[name])
+    return sources.folder_as_trained(args.make_reference, args)
+
+
+def judged(args, run_in, vae_in, tell):
+    """(name, source, facts for the protocol) of --samples or of each checkpoint in turn."""
+    if args.samples:
+        yield "samples", sources.open_source(args.samples, vae_in, args.vae, tell), {}
+        return
+    paths = [path for each in args.ckpt for path in (checkpoint.all_of(each) if Path(each).is_dir() else [Path(each)])]
+    for path in paths:
+        flags = argparse.Namespace(**vars(args))  # which the checkpoint fills in
+        saved = checkpoint.load(path)
+        pipe = EqMPipeline.from_saved(saved, path, flags, run_in, compile=args.compile, tell=tell)
+        count = args.num_fid_samples or COUNT[flags.video]
+        side = (flags.image_size, flags.image_size, 3)
+        shape = (flags.clip_len, *side) if flags.video else side
+        how = {name: getattr(args, name) for name in cli.DESCENT}
+        about = {
+            "sampler": how, "classes": args.classes, "seed": args.global_seed, "batch_size": args.batch_size,
+            "precision": run_in.name, "vae": flags.vae, "vae_precision": args.vae_precision,
+        }  # fmt: skip
+        recipe = [checkpoint.fingerprint(saved["ema"]), count, shape, flags.sample_eps, about] if args.json else None
+        keep = args.keep_samples and (Path(args.keep_samples) / path.stem if len(paths) > 1 else args.keep_samples)
+        source = sources.Drawn(pipe, count, shape, how, args.classes, args.global_seed, args.batch_size, keep, recipe)
+        step = saved.get("step")
+        yield path.stem, source, about | ({} if step is None else {"step": step})
+
+
+def protocol(args, against, networks):
+    """What figures are worth nothing without, apart from what is judged."""
+    return {
+        "reference": against.told,
+        "features": networks.told(),
+        "kid": f"{figures.SUBSETS} subsets of min({figures.SUBSET}, count), FP64",
+        "precision_recall": f"balls to neighbour {figures.NEIGHBOURS} by the pooled features",
+        "inception_score": f"{figures.SPLITS} splits, shuffled by seed {figures.SEED}",
+        "fvd": f"first {features.CLIP} frames",
+    }
+
+
+def finish(args, told, results):
+    """Print protocol and table; write the JSON file and, of several checkpoints, the plot."""
+    if len(results) > 1:
+        told["judged"].pop("step", None)  # which the results tell
+    print("\n".join(report.lines(told)))
+    print(report.table(results))
+    if args.json:
+        report.save(args.json, told, results)
+    if len(results) > 1:
+        path = beside(args, ".png")
+        report.draw(results, path)
+        best = report.best(results)
+        print(f"Best: step {best['step']}; the plot: {path}" if best and "step" in best else f"The plot: {path}")
+
+
+def show_neighbours(args, evaluator, source, name, tell):
+    sheet = evaluator.neighbours(source, args.neighbours)
+    if sheet is not None:
+        path = beside(args, f"-neighbours-{name}.png")
+        sheet.save(path)
+        tell(f"Wrote {path}")
+
+
+def beside(args, ending):
+    """Path of a picture, named after --json."""
+    return (
+        Path(args.json).with_suffix("").with_name(Path(args.json).stem + ending)
+        if args.json
+        else Path(f"evaluation{ending}")
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Is it any good: features, figures and what they are figures against."""
