@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import threading
 import time
 import uuid
 from datetime import datetime
@@ -76,6 +77,7 @@ class RunLog:
     def __init__(self, folder, args):
         self.folder = folder
         self.trackers = []
+        self._one_line = threading.Lock()  # a checkpoint is told by the thread that wrote it
         if folder is not None:
             self._text = open(  # noqa: SIM115
                 folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace", buffering=1
@@ -89,8 +91,9 @@ class RunLog:
         if self.folder is None:
             return
         line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {printable(message)}"
-        tqdm.write(line)
-        self._text.write(line + "\n")
+        with self._one_line:
+            tqdm.write(line)
+            self._text.write(line + "\n")
 
     def step(self, step, figures):
         """Log figures, a dict in order of which "Train Loss" and "Train Steps/Sec" come first."""
