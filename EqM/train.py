@@ -19,6 +19,7 @@ if __name__ == "__main__":
     stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -29,8 +30,8 @@ from EqM.data.files import open_files
 from EqM.engine import acceleration, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
-from EqM.run import checkpoint, distributed, resume, seeds
-from EqM.run.errors import UserError
+from EqM.run import checkpoint, distributed, resume, saving, seeds
+from EqM.run.errors import UserError, is_out_of_memory
 from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
 from EqM.transport import LOSS_WEIGHTS
 from EqM.watch import schedule
@@ -101,7 +102,11 @@ def open_dataset(args):
 
 
 class Saver:
-    """Call it with a step: it writes that step's checkpoint, for which every rank must call it."""
+    """Call it with a step: it copies what that step's checkpoint keeps, and a thread writes it while training goes on.
+
+    Every rank must call it. A second save waits for the first. One that failed is raised by the next call, or by
+    check(), which never waits.
+    """
 
     def __init__(self, args, ranks, trainer, meter, dataset, data, log):
         self.args = args
@@ -111,14 +116,18 @@ class Saver:
         self.dataset = dataset
         self.data = data
         self.log = log
+        self.copy = saving.HostCopy()
+        self.thread = saving.Background()
+        self.check = self.thread.check
 
-    def __call__(self, step):
-        trainer, log = self.trainer, self.log
+    def __call__(self, step, wait=False):
+        self.thread.wait()  # for the save before this one, whose memory the copy takes
+        trainer = self.trainer
         trainer.guard.check(step, trainer.scaler.get_scale())
         meter_state = self.meter.state_dict()
         if not self.ranks.is_main:
             return
-        checkpoint.save(log.folder / "checkpoints" / f"{step:07d}.pt", {
+        state = {
             **{name: part.state_dict() for name, part in trainer.parts().items()},
             "args": resume.absolute(vars(self.args)),
             "step": step,
@@ -128,11 +137,31 @@ class Saver:
             "class_names": self.dataset.class_names,
             "data": self.data,
             **identity(trainer.run_in, self.ranks),
-        })  # fmt: skip
-        if self.args.keep_checkpoints:
-            checkpoint.prune(log.folder / "checkpoints", self.args.keep_checkpoints)
-        log.draw()
-        log.info(f"Saved checkpoint {step:07d}.pt")
+        }
+        path = self.log.folder / "checkpoints" / f"{step:07d}.pt"
+        write = partial(write_checkpoint, path, self.args.keep_checkpoints, self.log)
+        try:
+            copied = self.copy.take(state)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.copy = saving.HostCopy()
+            self.log.info("There is no memory for a copy of the state: training waits until it is written")
+            write(state, lambda: None)
+        else:
+            self.thread.start(write, copied, distributed.fence(self.ranks.device))
+        if wait:
+            self.thread.wait()
+
+
+def write_checkpoint(path, keep, log, state, arrived):
+    """Write a checkpoint and what goes with it. keep: how many to keep, None for all. arrived: waits for the state."""
+    arrived()
+    checkpoint.save(path, state)
+    if keep:
+        checkpoint.prune(path.parent, keep)
+    log.info(f"Saved checkpoint {path.name}")
+    log.draw()
 
 
 def find_checkpoint(args, ranks, data):
@@ -223,6 +252,7 @@ def main():
     for step in steps:
         seeds.seed_step(args.global_seed, step, ranks.rank)
         loss, grad_norm, applied = trainer.step(stream)
+        save.check()
         meter.add("loss", loss, applied)
         meter.add("grad_norm", grad_norm, applied)
         clock.tick()
@@ -248,7 +278,7 @@ def main():
         if step % args.ckpt_every == 0 and step < total_steps:
             save(step)
     if step > first_step:
-        save(step)
+        save(step, wait=True)
     stream.close()
     distributed.barrier()
     stream.bad_files.agree()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +20,8 @@ from PIL import Image
 from EqM.engine.precision import FLAGS as PRECISIONS
 from EqM.models import EqM_models
 from EqM.run import checkpoint
+from EqM.run.log import RunLog
+from EqM.run.saving import HostCopy
 from helpers import REPO, assert_same_checkpoint, leaves, newest, train_args
 
 TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
@@ -274,6 +277,54 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(train, monkeypatch):
     assert result.code == 2 and "No space left" in result.err
     assert [path.name for path in result.checkpoints] == ["0000002.pt"]
     assert first.checkpoints[0].read_bytes() == before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
+    """Its write waits for the next step's line; a save in the loop would wait for ever."""
+    save, told, write = checkpoint.save, RunLog.step, threading.Event()
+    monkeypatch.setattr(
+        RunLog, "step", lambda log, step, figures: (told(log, step, figures), step == 3 and write.set())
+    )
+    waited = []
+
+    def slow(path, state):
+        waited.append(path.name == "0000005.pt" or write.wait(20))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    result = train("--max-steps", 5, "--epochs", 50, "--ckpt-every", 2, "--log-every", 1)
+    assert result.code == 0 and waited == [True] * 3, result.err
+    assert [path.name for path in result.checkpoints] == ["0000002.pt", "0000004.pt", "0000005.pt"]
+    assert [checkpoint.load(path)["opt"]["state"][1]["step"] for path in result.checkpoints] == [2, 4, 5]
+
+
+def test_a_save_that_fails_is_told_at_the_next_step_and_earlier_checkpoints_stay(train, monkeypatch):
+    save = torch.save
+
+    def full(state, file):
+        if state["step"] > 2:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    result = train("--max-steps", 500, "--epochs", 5000, "--ckpt-every", 2, "--log-every", 1)
+    assert result.code == 2 and "No space left" in result.err and result.err.count("\n") == 1
+    assert [path.name for path in result.checkpoints] == ["0000002.pt"]
+    assert 4 <= int(rows(result.folder)[-1]["step"]) <= 6
+
+
+def test_without_memory_for_a_copy_training_waits_and_saves_the_same(train, monkeypatch):
+    flags = ["--epochs", 50, "--max-steps", 4, "--ckpt-every", 2]
+    beside = train(*flags, root="beside")
+
+    def none_left(*args, **more):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(HostCopy, "take", none_left)
+    waiting = train(*flags, root="waiting")
+    assert waiting.code == 0 and waiting.out.count("no memory for a copy") == 2
+    for one, other in zip(beside.checkpoints, waiting.checkpoints, strict=True):
+        assert_same_checkpoint(one, other)
 
 
 def start(data, root, *flags, until="(step="):

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -88,6 +89,7 @@ class RunLog:
         self.folder = folder
         self.trackers = []
         self._columns = []
+        self._one_line = threading.Lock()  # a checkpoint is told by the thread that wrote it
         if folder is not None:
             self._text = open(  # noqa: SIM115
                 folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace", buffering=1
@@ -101,8 +103,9 @@ class RunLog:
         if self.folder is None:
             return
         line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {printable(message)}"
-        tqdm.write(line)
-        self._text.write(line + "\n")
+        with self._one_line:
+            tqdm.write(line)
+            self._text.write(line + "\n")
 
     def step(self, step, figures):
         """Log figures, a dict in order. Those of training begin with "Train Loss" and "Train Steps/Sec"."""
