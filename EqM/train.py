@@ -34,8 +34,7 @@ from EqM.run import checkpoint, distributed, resume, saving, seeds
 from EqM.run.errors import UserError, is_out_of_memory
 from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
 from EqM.transport import LOSS_WEIGHTS
-from EqM.watch import schedule
-from EqM.watch.held_out import open_items
+from EqM.watch import looks as watch
 
 
 def parse_args(argv=None):
@@ -76,7 +75,7 @@ def parse_args(argv=None):
     group.add_argument("--keep-checkpoints", type=cli.positive_int, help="remove all but this many newest")
     group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
-    schedule.add_flags(parser)
+    watch.add_flags(parser)
     args = parser.parse_args(argv)
     if (args.data_path is None) == (args.latents is None):
         parser.error("give either --data-path, to encode as you train, or --latents")
@@ -85,7 +84,7 @@ def parse_args(argv=None):
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
     cli.check_c(parser, args)
-    schedule.check(parser, args)
+    watch.check(parser, args)
     architecture.check_geometry(args)
     return args
 
@@ -119,8 +118,16 @@ class Saver:
         self.copy = saving.HostCopy()
         self.thread = saving.Background()
         self.check = self.thread.check
+        self.last = None  # step
 
     def __call__(self, step, wait=False):
+        if step != self.last:
+            self._save(step)
+            self.last = step
+        if wait:
+            self.thread.wait()
+
+    def _save(self, step):
         self.thread.wait()  # for the save before this one, whose memory the copy takes
         trainer = self.trainer
         trainer.guard.check(step, trainer.scaler.get_scale())
@@ -150,8 +157,6 @@ class Saver:
             write(state, lambda: None)
         else:
             self.thread.start(write, copied, distributed.fence(self.ranks.device))
-        if wait:
-            self.thread.wait()
 
 
 def write_checkpoint(path, keep, log, state, arrived):
@@ -230,11 +235,11 @@ def main():
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
     dataset = open_dataset(args)
-    held_out = open_items(args, dataset.class_names)
+    looks = watch.Looks(args, ranks, dataset.class_names)
     loader.micro_batch_size(args, ranks)
     total_steps = resume.total_steps(vars(args), len(dataset))
 
-    needs_autoencoder = not args.latents or schedule.needs_autoencoder(args, ranks)
+    needs_autoencoder = not args.latents or looks.need_autoencoder
     autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
     model = architecture.build_model(args).to(ranks.device)
@@ -242,7 +247,7 @@ def main():
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
     save = Saver(args, ranks, trainer, meter, dataset, data, log)
-    looks = schedule.looks(args, ranks, trainer, autoencoder, held_out, dataset.class_names, log)
+    looks.begin(trainer, autoencoder, log, save)
 
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
@@ -269,9 +274,7 @@ def main():
                 "Samples": step * args.global_batch_size,
                 "Peak GiB": peak_memory(ranks.device),
             })  # fmt: skip
-        for every, look in looks:
-            if step % every == 0:
-                look(step)
+        looks(step)
         if stop.agreed():
             log.info(f"Stopping after step {step}, as the signal asked")
             break

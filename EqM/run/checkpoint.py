@@ -6,6 +6,7 @@ it is used, since a file from elsewhere may hold anything.
 """
 
 import argparse
+import json
 import math
 import os
 import pickle
@@ -18,6 +19,7 @@ import torch
 
 from EqM.run.errors import UserError, reason
 
+BEST = "best.json"  # of a run folder: which checkpoint has the lowest figure, by --keep-best
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHOWN = 3  # how many differing keys a message names
 WRAPPERS = {"module", "_orig_mod"}  # what data parallelism, averaging and compilation put into names
@@ -368,9 +370,19 @@ def all_of(folder):
 
 
 def prune(folder, keep):
-    """Remove all but the newest `keep` checkpoints of a run."""
+    """Remove all but the newest `keep` checkpoints of a run, and the best where one is known."""
+    best = _best(folder)
     for path in _in_order(folder)[:-keep]:
-        path.unlink(missing_ok=True)
+        if path.name != best:
+            path.unlink(missing_ok=True)
+
+
+def _best(folder):
+    """Name of the run's best checkpoint, None if that is not known."""
+    try:
+        return json.loads((Path(folder).parent / BEST).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_optimizer(optimizer, state):
