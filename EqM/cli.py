@@ -136,6 +136,7 @@ count = number(int, 0)
 positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+below_one = number(float, 0, math.nextafter(1, 0))
 
 
 def add_model(parser, from_checkpoint=False):

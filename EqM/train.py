@@ -23,7 +23,7 @@ from functools import partial
 
 import torch
 
-from EqM import architecture, cli
+from EqM import architecture, cli, recipe
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
 from EqM.data.files import open_files
@@ -56,8 +56,12 @@ def parse_args(argv=None):
     group.add_argument("--global-batch-size", type=cli.positive_int, default=256, help="batch over all ranks")
     group.add_argument("--epochs", type=cli.positive_int, default=80, help="passes over the data")
     group.add_argument("--max-steps", type=cli.positive_int, help="at most this many steps in all")
-    group.add_argument("--lr", type=cli.positive, default=1e-4, help="AdamW's learning rate")
+    group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="adamw", help="muon: for the blocks' matrices")
+    group.add_argument("--lr", type=cli.positive, default=1e-4, help="learning rate; muon's is as large as AdamW's")
+    group.add_argument("--betas", type=cli.below_one, nargs=2, default=[0.9, 0.999], help="of AdamW's two moments")
+    group.add_argument("--weight-decay", type=cli.non_negative, default=0.0, help="of all weights, times --lr")
     group.add_argument("--lr-schedule", choices=optim.SCHEDULES, default="constant", help="after the warm-up")
+    group.add_argument("--min-lr", type=cli.non_negative, default=0.0, help="where the cosine ends")
     group.add_argument("--warmup-steps", type=cli.count, default=0, help="steps of linear warm-up")
     group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
     group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
@@ -76,13 +80,16 @@ def parse_args(argv=None):
     group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
     watch.add_flags(parser)
-    args = parser.parse_args(argv)
+    recipe.add_flag(parser)
+    args = parser.parse_args(recipe.words(parser, argv))
     if (args.data_path is None) == (args.latents is None):
         parser.error("give either --data-path, to encode as you train, or --latents")
     if args.latents and (args.csv or args.frame_interval):
         parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    if args.min_lr and (args.lr_schedule != "cosine" or args.min_lr > args.lr):
+        parser.error(f"--min-lr {args.min_lr:g} is where --lr-schedule cosine ends, below --lr {args.lr:g}")
     cli.check_c(parser, args)
     watch.check(parser, args)
     architecture.check_geometry(args)
@@ -198,6 +205,8 @@ def open_run(args, ranks, trainer, meter, dataset):
         check_trackers(args)
         folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args, trainer.transport.c_name)
         resume.lock_run(folder)
+        if not in_found_run:
+            recipe.write(folder / "config.toml", resume.absolute(vars(args)))
         return RunLog(folder, args)
 
     log = distributed.on_main(ranks, open_folder, share=False) or RunLog(None, args)

@@ -16,7 +16,7 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.engine": 1, "EqM.data": 1,
     "EqM.architecture": 2,
     "EqM.pipeline": 3,
-    "EqM.cli": 4, "EqM.metrics": 4,
+    "EqM.cli": 4, "EqM.recipe": 4, "EqM.metrics": 4,
     "EqM.watch": 5,
     "EqM.train": 6, "EqM.sample_gd": 6, "EqM.extract_latents": 6, "EqM.evaluate": 6, "EqM.score": 6,
     "EqM.measure": 7,

@@ -28,8 +28,10 @@ class Trainer:
         self.model = model
         self.ema = EMA(model, args.ema_decay)  # a copy of the network before anything is done to it
         self.network = prepare.for_training(model, run_in, args, ranks, tell)
-        self.optimizer = optim.adamw(model, args.lr)
-        self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
+        self.optimizer = optim.make(args.optimizer, model, args.lr, args.betas, args.weight_decay)
+        self.schedule = optim.Schedule(
+            self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device, args.min_lr
+        )
         self.scaler = run_in.grad_scaler()
         self.guard = StepGuard(run_in)
         c = {name: getattr(args, name) for name in C_DEFAULTS}

@@ -31,9 +31,13 @@ IDENTITY = (
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "max_grad_norm",
     "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
+    "optimizer", "betas", "weight_decay", "min_lr",
 )  # fmt: skip
 # Of flags that checkpoints of before do not say, what was done then. Other flags that one side does not say agree.
-BEFORE = {"c_schedule": "truncated", "c_start": 0.8, "c_peak": 1.0, "c_scale": 4.0}
+BEFORE = {
+    "c_schedule": "truncated", "c_start": 0.8, "c_peak": 1.0, "c_scale": 4.0,
+    "optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.0, "min_lr": 0.0,
+}  # fmt: skip
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
