@@ -51,17 +51,15 @@ class Tally:
         return {
             "batches": self.batches,
             "indices": self._indices,
-            "rows": torch.cat(self._rows).cpu() if self._rows else None,
+            "rows": [rows.cpu() for rows in self._rows],
             "moments": {kind: moments.state() for kind, moments in self.moments.items()},
         }
 
     def merge(self, state):
         """Take in what another Tally holds."""
-        if state["rows"] is None:
-            return
         self.batches = self.batches + state["batches"]
         self._indices = self._indices + state["indices"]
-        self._rows.append(state["rows"])
+        self._rows += state["rows"]
         for kind, moments in state["moments"].items():
             self.moments[kind].merge(moments)
 
@@ -71,19 +69,24 @@ class Tally:
 
     def features(self):
         """Pooled features in the order of the items, (N, D), FP32 on the CPU."""
-        rows = torch.cat([part.cpu() for part in self._rows])
-        return rows[torch.tensor(self._indices).argsort()]
+        ordered = torch.empty(self.count, self._rows[0].shape[1])
+        place = torch.tensor(self._indices).argsort().argsort().split([len(part) for part in self._rows])
+        for rows in place:
+            ordered[rows] = self._rows.pop(0).cpu()  # so that no more than one copy of 50,000 is in memory
+        self._rows, self._indices = [ordered], sorted(self._indices)
+        return ordered
 
 
 class Progress:
     """Files beside --json that say how far an evaluation is. Without a path nothing is kept."""
 
-    def __init__(self, path, ranks):
+    def __init__(self, path=None):
         self.folder = None if path is None else Path(f"{path}.progress")
-        if self.folder is not None:
-            distributed.on_main(ranks, self._open, share=False)
 
-    def _open(self):
+    def open(self):
+        """Make the folder, and keep it to this process. For the main rank."""
+        if self.folder is None:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -125,7 +128,7 @@ class Progress:
 
     def remove(self):
         """Nothing is left to go on with."""
-        if self.folder is not None:
+        if self.folder is not None and self.folder.is_dir():
             for path in self.folder.iterdir():
                 path.unlink(missing_ok=True)
             with suppress(OSError):
@@ -145,6 +148,7 @@ def collect(source, networks, ranks, kept, desc):
     size = getattr(source, "batch", None) or (CLIPS if source.is_clips else networks.inception.batch)
     recipe = None if source.recipe is None else [source.recipe, size, networks.told()]
     mine = Tally()
+    distributed.on_main(ranks, kept.open, share=False)
     done = distributed.on_main(ranks, lambda: _taken_up(mine, kept.parts(recipe)))
     numbers = [n for n in range(math.ceil(source.count / size)) if n not in done][ranks.rank :: ranks.world_size]
     lists = [list(range(n * size, min((n + 1) * size, source.count))) for n in numbers]

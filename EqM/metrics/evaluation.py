@@ -28,7 +28,7 @@ class Evaluator:
         self.against = against
         self.networks = networks
         self.ranks = ranks
-        self.kept = kept or Progress(None, ranks)
+        self.kept = kept or Progress()
         self.tell = tell if ranks.is_main else lambda line: None
         self._prepared = False
         self._statistics = None  # of the reference, on the main rank
@@ -87,8 +87,8 @@ class Evaluator:
             moments = tally.moments[kind]
             if moments.count and moments.count <= moments.size and not (kind == "spatial" and source.is_clips):
                 self._say(
-                    f"warning: {moments.count} samples give a singular covariance of {moments.size} features; "
-                    f"{name} is too high by far: it needs {moments.size + 1}, and 50,000 to compare with published ones"
+                    f"warning: {moments.count} samples give a singular covariance of {moments.size} features, so that "
+                    f"{name} comes out too high: it needs at least {moments.size + 1}"
                 )
         if source.is_clips and not tally.moments["motion"].count:
             short = source.shape[0] < CLIP

@@ -146,7 +146,7 @@ def make(source, out, networks, ranks, kept):
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+                    np.lib.format.write_array(file, array, allow_pickle=False)
             if not source.is_clips:
                 _write_images(archive, source, shown)
         os.replace(partial, out)
