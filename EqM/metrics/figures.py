@@ -61,6 +61,8 @@ class Moments:
 
     def state(self) -> dict[str, Any]:
         """What has come in, as plain values and tensors on the CPU."""
+        if self._summed and self._rows:
+            self._sum_up()
         rows = torch.cat(self._rows).cpu() if self._rows else None
         mean, scatter = (None if part is None else part.cpu() for part in (self._mean, self._scatter))
         return {"summed": self._summed, "mean": mean, "scatter": scatter, "rows": rows}
