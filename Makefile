@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(PY) EqM/sample_gd.py --ckpt $(DEMO)/000-EqM-T-2-Linear-velocity-None/checkpoints/0004000.pt --use-bf16 \
 	    --num-sampling-steps 50 --stepsize 0.008 --cfg-scale 2 --cfg-channels 4 --num-fid-samples 64 \
 	    --global-batch-size 64 --classes 0 1 2 3 4 5 6 7 --folder $(DEMO)/samples
-	$(PY) datasets/score_demo.py $(DEMO)/samples
+	$(PY) datasets/score_demo.py $(DEMO)/samples --vae datasets/demo-vae
 	@grep -ho "(step=.*) Val Loss: [0-9.]*" $(DEMO)/000-*/log.txt | tail -1
 	@echo "The picture: $(DEMO)/samples/grid.png"
 	@command -v xdg-open >/dev/null && [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && xdg-open $(DEMO)/samples/grid.png || true

@@ -75,7 +75,7 @@ def main():
     run_in = precision.activate_flags(args, ranks.device)
     tell = tqdm.write if ranks.is_main else lambda line: None
     networks = features.load(ranks, args.inception, args.i3d, tell)
-    kept = Progress(args.json or args.out, ranks)
+    kept = Progress(args.json or args.out)
     vae_in = precision.of_vae(args, run_in)
 
     if args.make_reference:

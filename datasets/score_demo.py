@@ -1,6 +1,7 @@
 """Does a clip show its class? A rule for the demo set, and a command that applies it to generated samples.
 
     python datasets/score_demo.py results/samples        # a folder with labels.csv, as the sampler writes it
+    python datasets/score_demo.py results/samples --vae datasets/demo-vae       # and what the autoencoder alone costs
 
 The rule looks at the pixels that are clearly red or clearly blue against the background. They must form one
 round ball of one colour in every frame, and its centre must keep moving in one of the four directions.
@@ -11,14 +12,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from EqM import cli
+from EqM.data import autoencoder as autoencoders
 from EqM.data import media
 from EqM.data.clips import decode_clip
 from EqM.data.files import centre_crop, find_files
+from EqM.engine import precision
 from EqM.run.errors import UserError
 
 CLIP_LEN = 4  # frames of a clip, and
@@ -91,6 +95,13 @@ def load_samples(folder):
     return clips, [row["class"] for row in rows]
 
 
+def reconstruct(clips, vae):
+    """What an autoencoder's folder makes of clips, through its posterior's mean: uint8 (N, T, H, W, 3)."""
+    autoencoder = autoencoders.load(vae, precision.fp32(torch.device("cpu")))
+    pixels = autoencoders.to_pixels(torch.from_numpy(np.stack(clips))).movedim(-1, 1)
+    return autoencoders.to_uint8(autoencoder.decode(autoencoder.mean(pixels))).movedim(1, -1).numpy()
+
+
 def tally(clips, names):
     """How many clips show their class, as text: "62 of 64 (96.9 %)"."""
     right = sum(score(clip) == name for clip, name in zip(clips, names, strict=True))
@@ -101,9 +112,13 @@ def main():
     parser = cli.Parser("Print the share of samples that show the class asked for.")
     parser.add_argument("samples", type=Path, help="folder with labels.csv and the clips it names")
     parser.add_argument("--demo", type=Path, default=HERE / "demo", help="the demo set, scored for comparison")
+    parser.add_argument("--vae", help="folder of an AutoencoderKL, whose reconstructions of the set are scored too")
     args = parser.parse_args()
     print("samples:", tally(*load_samples(args.samples)))
-    print("the set itself:", tally(*load_set(args.demo)))
+    clips, names = load_set(args.demo)
+    print("the set itself:", tally(clips, names))
+    if args.vae:
+        print("the set through the autoencoder:", tally(reconstruct(clips, args.vae), names))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=os.devnull)  # as on a machin
 
 import signal
 import sys
+import warnings
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from helpers import SIGNALS, load_script, write_clip
 
@@ -67,6 +70,42 @@ def tiny_vae(tmp_path_factory):
             mid_block_add_attention=False,
         ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Weights of torch-fidelity's Inception, random."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    no_weights = (
+        mock.patch.object(fidelity, "load_state_dict_from_url"),
+        mock.patch.object(nn.Module, "load_state_dict"),
+    )
+    with torch.random.fork_rng(), no_weights[0], no_weights[1]:
+        torch.manual_seed(0)
+        network = fidelity.FeatureExtractorInceptionV3("random", ["2048"])
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def i3d_file(tmp_path_factory):
+    """A tiny scripted network that is called as I3D is: 8 features of a clip."""
+
+    class Tiny(nn.Module):
+        def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+            assert rescale and resize and return_features
+            return nn.functional.adaptive_avg_pool3d(x / 255, (4, 2, 1)).mean(1).flatten(1)
+
+    path = tmp_path_factory.mktemp("i3d") / "i3d.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Tiny()).save(path)
+    return path
 
 
 @pytest.fixture

@@ -88,6 +88,16 @@ BAD = {
         "--image-size": "16 0",
         "--device": "gpu",
     },
+    "evaluate": {
+        "--num-fid-samples": COUNTS,
+        "--batch-size": COUNTS,
+        "--neighbours": COUNTS,
+        "--num-sampling-steps": "1 x",
+        "--cfg-scale": "-1 x",
+        "--inception": "/nowhere",
+        "--out": "x.npz",
+        "--device": "gpu",
+    },
     "extract_latents": {
         "--batch-size": COUNTS,
         "--image-size": COUNTS + " 10",
@@ -110,6 +120,7 @@ def base(image_folder, tiny_vae, tmp_path):
     return {
         "train": train_args(image_folder, tmp_path / "runs"),
         "sample_gd": ["--ckpt", ckpt, "--folder", tmp_path / "samples", "--device", "cpu"],
+        "evaluate": ["--samples", image_folder, "--reference", image_folder, "--device", "cpu"],
         "extract_latents": [
             "--data-path", image_folder, "--out", tmp_path / "cache", "--vae", tiny_vae, "--image-size", 16,
             "--device", "cpu", "--num-workers", 0,

@@ -96,6 +96,10 @@ def test_classes_are_names_numbers_or_drawn(image_ckpt):
     pipe = open_pipe(image_ckpt)
     assert pipe.class_names == NAMES
     assert pipe.labels(["owl", 0, "1"], range(4)) == [2, 0, 1, 2]
+    assert pipe.labels(["all"], range(7)) == [0, 1, 2, 0, 1, 2, 0], "each class equally often"
+    pipe.class_names[1] = "all"
+    assert pipe.labels(["all"], range(3)) == [1, 1, 1], "a class of that name"
+    pipe.class_names[1] = "dog"
     drawn = pipe.labels(None, range(60))
     assert set(drawn) == {0, 1, 2} and drawn == pipe.labels(None, range(60)) != pipe.labels(None, range(60), seed=1)
     for wrong in ("emu", 3, "-1", "\N{SUPERSCRIPT TWO}"):

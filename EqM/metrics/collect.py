@@ -17,17 +17,18 @@ from EqM.run.errors import UserError, reason
 from EqM.run.log import progress
 
 SAVED_EVERY = 20.0  # seconds
+HANDED_OVER = 8192  # items, after which they leave the device also where nothing is saved
 KINDS = ("pooled", "spatial", "motion")  # features of images or frames, those of sFID, those of clips
 
 
 class Tally:
-    """Features that have come in: moments of all kinds, and each item's pooled ones, of a clip its frames' mean."""
+    """Features as they come in: moments of all kinds, and each item's pooled ones, of a clip its frames' mean."""
 
     def __init__(self):
         self.batches = []  # their numbers
-        self.moments = {kind: Moments() for kind in KINDS}
-        self._indices = []
+        self.indices = []
         self._rows = []
+        self._moments = {kind: Moments() for kind in KINDS}
         self.sound = True  # False while a batch is half in
 
     def add(self, number, indices, pixels, networks):
@@ -40,9 +41,9 @@ class Tally:
         rows = found["pooled"].unflatten(0, pixels.shape[:2]).mean(1) if clips else found["pooled"]
         self.sound = False  # a signal may come anywhere
         for kind, features in found.items():
-            self.moments[kind].add(features)
+            self._moments[kind].add(features)
         self._rows.append(rows)
-        self._indices += indices
+        self.indices += indices
         self.batches.append(number)
         self.sound = True
 
@@ -50,40 +51,53 @@ class Tally:
         """All of it, as plain values and tensors on the CPU."""
         return {
             "batches": self.batches,
-            "indices": self._indices,
+            "indices": self.indices,
             "rows": torch.cat(self._rows).cpu() if self._rows else None,
-            "moments": {kind: moments.state() for kind, moments in self.moments.items()},
+            "moments": {kind: moments.state() for kind, moments in self._moments.items()},
         }
 
+
+class Collected:
+    """What Tallies of `count` items hold together, on the CPU. features: (count, D) FP32, in the items' order."""
+
+    def __init__(self, count):
+        self.count = count
+        self.batches = []
+        self.features = None
+        self.moments = {kind: Moments() for kind in KINDS}
+        self._indices = []
+
     def merge(self, state):
-        """Take in what another Tally holds."""
+        """Take in the state of a Tally, or of another Collected."""
         if state["rows"] is None:
             return
+        if self.features is None:  # at once, since 50,000 rows that are put together later are in memory twice
+            self.features = torch.empty(self.count, state["rows"].shape[1])
+        self.features[torch.tensor(state["indices"])] = state["rows"]
         self.batches = self.batches + state["batches"]
         self._indices = self._indices + state["indices"]
-        self._rows.append(state["rows"])
         for kind, moments in state["moments"].items():
             self.moments[kind].merge(moments)
 
-    @property
-    def count(self):
-        return len(self._indices)
-
-    def features(self):
-        """Pooled features in the order of the items, (N, D), FP32 on the CPU."""
-        rows = torch.cat([part.cpu() for part in self._rows])
-        return rows[torch.tensor(self._indices).argsort()]
+    def state(self):
+        return {
+            "batches": self.batches,
+            "indices": self._indices,
+            "rows": None if self.features is None else self.features[torch.tensor(self._indices)],
+            "moments": {kind: moments.state() for kind, moments in self.moments.items()},
+        }
 
 
 class Progress:
     """Files beside --json that say how far an evaluation is. Without a path nothing is kept."""
 
-    def __init__(self, path, ranks):
+    def __init__(self, path=None):
         self.folder = None if path is None else Path(f"{path}.progress")
-        if self.folder is not None:
-            distributed.on_main(ranks, self._open, share=False)
 
-    def _open(self):
+    def open(self):
+        """Make the folder, and keep it to this process. For the main rank."""
+        if self.folder is None:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -125,7 +139,7 @@ class Progress:
 
     def remove(self):
         """Nothing is left to go on with."""
-        if self.folder is not None:
+        if self.folder is not None and self.folder.is_dir():
             for path in self.folder.iterdir():
                 path.unlink(missing_ok=True)
             with suppress(OSError):
@@ -137,14 +151,15 @@ def _key(recipe):
 
 
 def collect(source, networks, ranks, kept, desc):
-    """The Tally of all items of a source on the main rank; elsewhere None. Every rank must call it.
+    """The Collected of all items of a source on the main rank; elsewhere None. Every rank must call it.
 
     Batches are of one size and ranks take them in turn, so that each holds the same items however many ranks there
     are. kept: a Progress, in which parts of it may lie.
     """
     size = getattr(source, "batch", None) or (CLIPS if source.is_clips else networks.inception.batch)
     recipe = None if source.recipe is None else [source.recipe, size, networks.told()]
-    mine = Tally()
+    mine = Collected(source.count)
+    distributed.on_main(ranks, kept.open, share=False)
     done = distributed.on_main(ranks, lambda: _taken_up(mine, kept.parts(recipe)))
     numbers = [n for n in range(math.ceil(source.count / size)) if n not in done][ranks.rank :: ranks.world_size]
     lists = [list(range(n * size, min((n + 1) * size, source.count))) for n in numbers]
@@ -155,7 +170,7 @@ def collect(source, networks, ranks, kept, desc):
         for number, indices, pixels in zip(numbers, lists, source.batches(lists), strict=True):
             fresh.add(number, indices, pixels, networks)
             bar.update(len(indices))
-            if time.monotonic() - saved > SAVED_EVERY:
+            if time.monotonic() - saved > SAVED_EVERY or len(fresh.indices) >= HANDED_OVER:
                 kept.save(recipe, ranks.rank, fresh)
                 mine.merge(fresh.state())
                 fresh, saved = Tally(), time.monotonic()
@@ -173,8 +188,8 @@ def collect(source, networks, ranks, kept, desc):
     return mine
 
 
-def _taken_up(tally, states):
+def _taken_up(collected, states):
     for state in states:
-        if set(state["batches"]).isdisjoint(tally.batches):  # a kill between two lines may leave a part twice
-            tally.merge(state)
-    return set(tally.batches)
+        if set(state["batches"]).isdisjoint(collected.batches):  # a kill between two lines may leave a part twice
+            collected.merge(state)
+    return set(collected.batches)

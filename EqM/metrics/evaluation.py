@@ -28,7 +28,7 @@ class Evaluator:
         self.against = against
         self.networks = networks
         self.ranks = ranks
-        self.kept = kept or Progress(None, ranks)
+        self.kept = kept or Progress()
         self.tell = tell if ranks.is_main else lambda line: None
         self._prepared = False
         self._statistics = None  # of the reference, on the main rank
@@ -42,8 +42,8 @@ class Evaluator:
         if before is not None:
             return before
         self._prepare()
-        tally = collect(source, self.networks, self.ranks, self.kept, desc)
-        found = distributed.on_main(self.ranks, lambda: self._figures(source, tally))
+        collected = collect(source, self.networks, self.ranks, self.kept, desc)
+        found = distributed.on_main(self.ranks, lambda: self._figures(source, collected))
         if self.ranks.is_main:
             self.kept.finish(recipe, found)
         return found
@@ -53,15 +53,15 @@ class Evaluator:
             self._statistics = self.against.statistics(self.networks, self.ranks, self.kept)
             self._prepared = True
 
-    def _figures(self, source, tally):
-        ours, theirs = reference.of_tally(tally), self._statistics
+    def _figures(self, source, collected):
+        ours, theirs = reference.of_collected(collected), self._statistics
         distance = {}
         for kind in ours.gaussians.keys() & theirs.gaussians.keys():
             one, other = ours.gaussians[kind], theirs.gaussians[kind]
             if one.mean.shape != other.mean.shape:
                 raise UserError(f"the reference has {len(other.mean)} features by --i3d, these clips {len(one.mean)}")
             distance[kind] = figures.frechet(one, other)
-        self._warn(source, tally)
+        self._warn(source, collected)
         if source.is_clips:
             found = {"fvd": distance.get("motion"), "frame_fid": distance.get("pooled")}
         else:
@@ -82,15 +82,15 @@ class Evaluator:
             found["precision"], found["recall"] = figures.precision_recall(features, theirs.features, device)
         return found
 
-    def _warn(self, source, tally):
+    def _warn(self, source, collected):
         for kind, name in (("motion", "FVD"), ("pooled", "FID"), ("spatial", "sFID")):
-            moments = tally.moments[kind]
+            moments = collected.moments[kind]
             if moments.count and moments.count <= moments.size and not (kind == "spatial" and source.is_clips):
                 self._say(
-                    f"warning: {moments.count} samples give a singular covariance of {moments.size} features; "
-                    f"{name} is too high by far: it needs {moments.size + 1}, and 50,000 to compare with published ones"
+                    f"warning: {moments.count} samples give a singular covariance of {moments.size} features, so that "
+                    f"{name} comes out too high: it needs at least {moments.size + 1}"
                 )
-        if source.is_clips and not tally.moments["motion"].count:
+        if source.is_clips and not collected.moments["motion"].count:
             short = source.shape[0] < CLIP
             self._say(
                 f"no FVD: it wants {CLIP} frames, and these clips have {source.shape[0]}: the FID of frames alone"

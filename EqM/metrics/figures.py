@@ -16,7 +16,7 @@ SEED = 2020  # torch-fidelity's, so that its subsets and splits are ours
 SPLITS = 10  # of the Inception Score
 SUBSETS, SUBSET = 100, 1000  # of KID: how many, and of how many items at most
 NEIGHBOURS = 3  # precision and recall: the ball of an item reaches to its third neighbour
-ROWS, COLUMNS = 2_500, 10_000  # distances in memory at once: 200 MB
+ROWS, COLUMNS = 1_000, 10_000  # distances in memory at once: 80 MB
 
 
 class Moments:
@@ -61,6 +61,8 @@ class Moments:
 
     def state(self) -> dict[str, Any]:
         """What has come in, as plain values and tensors on the CPU."""
+        if self._summed and self._rows:
+            self._sum_up()
         rows = torch.cat(self._rows).cpu() if self._rows else None
         mean, scatter = (None if part is None else part.cpu() for part in (self._mean, self._scatter))
         return {"summed": self._summed, "mean": mean, "scatter": scatter, "rows": rows}
@@ -190,10 +192,10 @@ def nearest(points: Tensor, items: Tensor, k: int, device: torch.device) -> tupl
         best = torch.empty(len(rows), 0, dtype=torch.float64, device=device)
         who = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
         for number, columns in enumerate(items.split(COLUMNS)):
-            here = torch.cdist(rows, columns.to(device).double())
-            there = torch.arange(len(columns), device=device).expand_as(here) + number * COLUMNS
-            best, place = torch.cat([best, here], 1).topk(min(k, best.shape[1] + len(columns)), largest=False)
-            who = torch.cat([who, there], 1).gather(1, place)
+            here = torch.cdist(rows, columns.to(device).double()).topk(min(k, len(columns)), largest=False)
+            best, who = torch.cat([best, here.values], 1), torch.cat([who, here.indices + number * COLUMNS], 1)
+            best, place = best.topk(min(k, best.shape[1]), largest=False)
+            who = who.gather(1, place)
         distances.append(best.cpu())
         indices.append(who.cpu())
     return torch.cat(distances), torch.cat(indices)

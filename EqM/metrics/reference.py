@@ -39,10 +39,10 @@ class Statistics:
     kid: bool = True
 
 
-def of_tally(tally):
+def of_collected(collected):
     """The Statistics of what was collected."""
-    gaussians = {kind: moments.gaussian() for kind, moments in tally.moments.items() if moments.count}
-    return Statistics(gaussians, tally.features())
+    gaussians = {kind: moments.gaussian() for kind, moments in collected.moments.items() if moments.count}
+    return Statistics(gaussians, collected.features)
 
 
 class Items:
@@ -55,8 +55,8 @@ class Items:
         self.recipe = source.recipe
 
     def statistics(self, networks, ranks, kept):
-        tally = collect(self.source, networks, ranks, kept, "reference")
-        return None if tally is None else of_tally(tally)
+        collected = collect(self.source, networks, ranks, kept, "reference")
+        return None if collected is None else of_collected(collected)
 
 
 class Saved:
@@ -107,8 +107,8 @@ class Saved:
     def statistics(self, networks, ranks, kept):
         features = self._features
         if features is None and self.source is not None and not self.source.is_clips:
-            tally = collect(self.source, networks, ranks, kept, "reference")
-            features = None if tally is None else tally.features()
+            collected = collect(self.source, networks, ranks, kept, "reference")
+            features = None if collected is None else collected.features
         if not ranks.is_main:
             return None
         gaussians = {kind: Gaussian.of(*moments) for kind, moments in self._moments.items()}
@@ -130,23 +130,25 @@ def open_reference(path, networks, run_in=None, vae=None, tell=print):
 
 def make(source, out, networks, ranks, kept):
     """Write the reference npz of a source. Every rank must call it; returns what it says of itself on the main rank."""
-    tally = collect(source, networks, ranks, kept, "reference")
-    if tally is None:
+    collected = collect(source, networks, ranks, kept, "reference")
+    if collected is None:
         return None
     made = {"made_by": "EqM", "source": source.told, "shape": list(source.shape), "features": networks.told()}
     arrays = {"made": np.array(json.dumps(made))}
     for kind, keys in KEYS.items():
-        if tally.moments[kind].count:
-            arrays |= dict(zip(keys, (part.numpy() for part in tally.moments[kind].mean_and_covariance()), strict=True))
+        if collected.moments[kind].count:
+            arrays |= dict(
+                zip(keys, (part.numpy() for part in collected.moments[kind].mean_and_covariance()), strict=True)
+            )
     shown = np.sort(np.random.default_rng(SEED).permutation(source.count)[:IMAGES])
     if not source.is_clips:
-        arrays["features"] = tally.features()[shown].numpy()
+        arrays["features"] = collected.features[shown].numpy()
     partial = Path(f"{out}.partial")
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+                    np.lib.format.write_array(file, array, allow_pickle=False)
             if not source.is_clips:
                 _write_images(archive, source, shown)
         os.replace(partial, out)

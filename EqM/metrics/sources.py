@@ -22,7 +22,7 @@ from EqM.run import resume
 from EqM.run.errors import UserError, printable, reason
 
 READERS = 8  # threads that decode files
-CLIP_FILES = (".gif", *files.CLIP_EXTENSIONS)
+CLIP_FILES = (".gif", ".mp4")  # as samplers write them
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 
@@ -90,7 +90,10 @@ def folder_as_it_is(folder, tell=print):
     images = [path for path in paths if path.suffix.lower() in files.image_extensions() and path.suffix != ".gif"]
     clips = [path for path in paths if path.suffix.lower() in CLIP_FILES]
     if not images and not clips:
-        raise UserError(f"{printable(folder)} holds no images and no clips")
+        raise UserError(
+            f"{printable(folder)} holds no images and no clips ({' or '.join(CLIP_FILES)}); of other clips make a "
+            "reference by evaluate.py --make-reference"
+        )
     if images and clips:
         raise UserError(
             f"{printable(folder)} holds {len(images)} images and {len(clips)} clips: which of them is meant? "
@@ -135,8 +138,10 @@ def folder_as_trained(folder, args):
 
     args: image_size, video, clip_len, csv, frame_interval and global_seed, as train.py has them.
     """
-    if Path(folder).is_dir() and not args.csv and not any(path.is_dir() for path in Path(folder).iterdir()):
-        kind = CLIP_FILES if args.video else files.image_extensions()
+    if not Path(folder).is_dir():
+        raise UserError(f"--make-reference {printable(folder)} is not a folder")
+    if not args.csv and not any(path.is_dir() for path in Path(folder).iterdir()):
+        kind = files.CLIP_EXTENSIONS if args.video else files.image_extensions()
         paths = [path for path in _below(Path(folder)) if path.suffix.lower() in kind]
         if not paths:
             raise UserError(f"{printable(folder)} holds no {'clips' if args.video else 'images; --video is for clips'}")

@@ -68,6 +68,20 @@ def test_score_of_samples_is_read_from_their_labels(demo, tmp_path, run_script):
     assert run_script("score_demo", tmp_path / "nowhere").code == 2
 
 
+def test_the_autoencoders_own_reconstructions_are_scored_beside(demo, tmp_path, run_script):
+    media.save_sample(tmp_path / "0.gif", demo[0][0], fps=8)
+    (tmp_path / "labels.csv").write_text(f"file,label,class\n0.gif,0,{demo[1][0]}\n")
+    few = tmp_path / "few" / demo[1][0]
+    few.mkdir(parents=True)
+    for path in sorted((HERE / "demo" / demo[1][0]).iterdir())[:3]:
+        (few / path.name).symlink_to(path)
+    flags = [tmp_path, "--demo", few.parent, "--vae"]
+    result = run_script("score_demo", *flags, HERE / "demo-vae")
+    assert result.code == 0 and "the set through the autoencoder: 3 of 3 show their class" in result.out, result.err
+    assert "the set through the autoencoder: 3 of 3" in run_script("score_demo", *flags, "none").out
+    assert run_script("score_demo", *flags, tmp_path / "nowhere").code == 2
+
+
 def test_the_set_can_be_made_again(tmp_path, run_script):
     result = run_script("make_demo_set", "--out", tmp_path / "demo")
     assert result.code == 0, result.err
