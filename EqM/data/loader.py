@@ -10,7 +10,7 @@ from threading import Timer, current_thread, main_thread
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from EqM.data.autoencoder import draw, to_pixels
 from EqM.run import seeds, stops
@@ -140,7 +140,7 @@ class Stream(Sampler):
             for position in range(first, first + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch))
+                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch)).numpy()
                 keys.append((epoch, int(order[position % self.length])))
             self.batch += 1
             yield keys
@@ -157,6 +157,7 @@ def read(dataset, stream, num_workers, pin_memory):
         batch_sampler=stream,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        collate_fn=_collated,
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # else it draws its workers' seeds from the step's own numbers
     )
@@ -180,6 +181,11 @@ def read(dataset, stream, num_workers, pin_memory):
         raise UserError(f"a data worker died ({reason(died)}); if memory ran out, use fewer --num-workers") from None
     finally:
         workers.end(batches)
+
+
+def _collated(items):
+    """A batch: what a dataset with `__getitems__` has put together itself, or else its items."""
+    return items if isinstance(items, tuple) else default_collate(items)
 
 
 class _Workers:
