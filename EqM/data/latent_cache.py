@@ -297,20 +297,11 @@ class Writer:
 
 
 def files_of(dataset, root):
-    """What a cache remembers of the files of a LabelledFiles: records (name, size, time, label), one an item.
+    """What a cache remembers of the files of a data set below a folder: records (name, size, time, label), one an item.
 
     name: below the data folder root. A file that is not there has size and time -1.
     """
-    prefix = os.path.join(Path(root), "")
-    records = []
-    for index, label in enumerate(dataset.labels):
-        path = dataset.path(index)
-        name = path.removeprefix(prefix) if path.startswith(prefix) else os.path.relpath(path, root)
-        try:
-            status = os.stat(path)
-            records.append((os.fsencode(name), status.st_size, status.st_mtime_ns, label))
-        except OSError:
-            records.append((os.fsencode(name), -1, -1, label))
+    records = dataset.records(root)
     longest = max(len(name) for name, *_ in records)
     return np.array(records, [("name", f"S{longest}"), ("size", "<i8"), ("time", "<i8"), ("label", "<i8")])
 

@@ -106,16 +106,8 @@ class BadFiles:
         new = self._shared.since(self.told)
         self.told += len(new)
         for index in new:
-            path = self.dataset.path(index)
-            self.tell(f"{printable(path)} {_fault(path)}; another file of its class stands in")
-
-
-def _fault(path):
-    try:
-        with open(path, "rb"):
-            return "does not decode"
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
+            path, fault = printable(self.dataset.path(index)), self.dataset.fault(index)
+            self.tell(f"{path} {fault}; another file of its class stands in")
 
 
 class Stream(Sampler):
