@@ -177,8 +177,10 @@ def add_data(parser, required):
     """Where the files are and how they are read."""
     group = parser.add_argument_group("data")
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--data-path", required=required, help="folder <class>/<file>, or clips with a CSV")
+    group.add_argument("--data-path", required=required, help="folder <class>/<file>, of clips, of parquet; hf:NAME")
     group.add_argument("--csv", help="labels of a flat folder of clips: video_name,tag")
+    group.add_argument("--image-column", help="of parquet, Arrow and hf: data, of images or clips; left out: found")
+    group.add_argument("--label-column", help="of such data, of classes; left out: found")
     group.add_argument(
         "--frame-interval", type=positive_int, help="random windows of frames this far apart; left out: whole clip"
     )

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from EqM import cli
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
-from EqM.data.files import open_files
+from EqM.data.tables import open_data
 from EqM.engine import precision
 from EqM.run import distributed
 from EqM.run.errors import UserError
@@ -55,7 +55,7 @@ def main():
         raise UserError(f"--image-size {args.image_size} must be a multiple of {factor}, by which the VAE divides it")
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
-    dataset = open_files(args, flip=False)
+    dataset = open_data(args, flip=False)
     side = args.image_size // factor
     frames = (args.clip_len,) if args.video else ()
     meta = {name: getattr(args, name) for name in (*latent_cache.KEY, "flip")}

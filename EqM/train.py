@@ -26,7 +26,7 @@ import torch
 from EqM import architecture, cli, recipe
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
-from EqM.data.files import open_files
+from EqM.data.tables import open_data
 from EqM.engine import acceleration, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
@@ -84,8 +84,8 @@ def parse_args(argv=None):
     args = parser.parse_args(recipe.words(parser, argv))
     if (args.data_path is None) == (args.latents is None):
         parser.error("give either --data-path, to encode as you train, or --latents")
-    if args.latents and (args.csv or args.frame_interval):
-        parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
+    if args.latents and (args.csv or args.frame_interval or args.image_column or args.label_column):
+        parser.error("--csv, --frame-interval and columns were settled when --latents was made; leave them out")
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
     if args.min_lr and (args.lr_schedule != "cosine" or args.min_lr > args.lr):
@@ -98,7 +98,7 @@ def parse_args(argv=None):
 
 def open_dataset(args):
     """What to train on, with files or a latent cache behind it; settles args.num_classes."""
-    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_files(args, args.flip)
+    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_data(args, args.flip)
     args.num_classes = args.num_classes or len(dataset.class_names)
     if args.num_classes < len(dataset.class_names):
         raise UserError(

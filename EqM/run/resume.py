@@ -39,12 +39,15 @@ BEFORE = {
     "optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.0, "min_lr": 0.0,
 }  # fmt: skip
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
+HUB = "hf:"  # begins a --data-path that names a data set of Hugging Face, and no folder
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
 
 def same_path(a, b):
     """Whether two texts name one place: `dir`, `dir/`, `./dir`, the absolute path, a link to it."""
+    if str(a).startswith(HUB) or str(b).startswith(HUB):
+        return a == b
     try:
         return a == b or os.path.realpath(a) == os.path.realpath(b)
     except (TypeError, ValueError):  # one of them names no place at all
@@ -53,8 +56,9 @@ def same_path(a, b):
 
 def absolute(args):
     """args with places on this machine written so that they are found from another working directory too."""
-    places = {name: args[name] for name in (*PLACES, "vae") if args.get(name) and args[name] not in NO_PLACES}
-    return {**args, **{name: os.path.abspath(place) for name, place in places.items() if os.path.exists(place)}}
+    places = {name: str(args[name]) for name in (*PLACES, "vae") if args.get(name) and args[name] not in NO_PLACES}
+    on_disk = {name: place for name, place in places.items() if not place.startswith(HUB) and os.path.exists(place)}
+    return {**args, **{name: os.path.abspath(place) for name, place in on_disk.items()}}
 
 
 def same_vae(a, b):

@@ -277,3 +277,12 @@ def test_a_folder_that_is_called_like_a_published_autoencoder_is_not_one(tmp_pat
         args = resume.absolute({"vae": vae, "data_path": "data/", "latents": None})
         assert args == {"vae": kept, "data_path": str(tmp_path / "data"), "latents": None}
     assert not resume.same_vae("ema", str(tmp_path / "ema")) and resume.same_vae("own", str(tmp_path / "own") + "/")
+
+
+def test_a_data_set_of_the_hub_is_no_place_on_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf:user" / "set").mkdir(parents=True)
+    args = {"data_path": "hf:user/set", "latents": None, "vae": "none"}
+    assert resume.absolute(args) == args
+    assert resume.same_path("hf:user/set", "hf:user/set") and not resume.same_path("hf:user/set", "hf:user/set/")
+    assert not resume.same_path("hf:user/set", str(tmp_path / "hf:user" / "set"))
