@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_autoencoders
 from helpers import SIGNALS, load_script, write_clip
 
 torch.set_num_threads(1)
@@ -67,6 +68,15 @@ def tiny_vae(tmp_path_factory):
             mid_block_add_attention=False,
         ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def autoencoder_folders(tmp_path_factory):
+    """Folder of a tiny random autoencoder of each class that --vae takes."""
+    root = tmp_path_factory.mktemp("autoencoders")
+    for kind in tiny_autoencoders.CONFIGS:
+        tiny_autoencoders.build(kind).save_pretrained(root / kind)
+    return {kind: str(root / kind) for kind in tiny_autoencoders.CONFIGS}
 
 
 @pytest.fixture
