@@ -275,3 +275,14 @@ def test_a_folder_that_is_called_like_a_published_autoencoder_is_not_one(tmp_pat
         args = resume.absolute({"vae": vae, "data_path": "data/", "latents": None})
         assert args == {"vae": kept, "data_path": str(tmp_path / "data"), "latents": None}
     assert not resume.same_vae("ema", str(tmp_path / "ema")) and resume.same_vae("own", str(tmp_path / "own") + "/")
+
+
+def test_a_name_of_the_hub_is_no_place_unless_a_folder_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert all(map(resume.is_hub_name, ("user/name", "user/na-me.2/vae")))
+    assert not any(map(resume.is_hub_name, ("ema", "own", "./user/name", "../a/b", "/user/name", "user/name/", "")))
+    assert resume.same_vae("user/name", "user/name") and not resume.same_vae("user/name", str(tmp_path / "user/name"))
+    assert resume.absolute({"vae": "user/name"}) == {"vae": "user/name"}
+    (tmp_path / "user" / "name").mkdir(parents=True)
+    assert not resume.is_hub_name("user/name") and resume.same_vae("user/name", str(tmp_path / "user/name"))
+    assert resume.absolute({"vae": "user/name"}) == {"vae": str(tmp_path / "user/name")}
