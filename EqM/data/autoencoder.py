@@ -19,7 +19,7 @@ from EqM.run.resume import is_hub_name
 SD_SCALE = 0.18215  # standard deviation of Stable Diffusion's latents, inverted (arXiv 2112.10752)
 CHUNK = 1 << 20  # pixels that go through at once: 16 images of 256 x 256, or a clip of 17 frames
 MOST = 64  # images or clips that do
-WHOLE = 512 * 512  # pixels of a frame, above which a clip's goes through in tiles
+WHOLE = 256 * 256  # pixels of a clip's frame: larger ones go through in tiles, of the size that the class has for that
 
 
 def to_pixels(images):
@@ -223,7 +223,8 @@ def load(name, run_in):
 def _network(kind, name):
     import diffusers  # seconds to import, and pixel-space runs do without
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry
+    for name_of_logger in ("huggingface_hub", "diffusers.configuration_utils"):  # every retry; names of old settings
+        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
 
     def get(place, folder, local_files_only):
         with warnings.catch_warnings():

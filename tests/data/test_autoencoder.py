@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from EqM.data import autoencoder as latents
+from EqM.data import media
 from EqM.engine.precision import Precision
 from EqM.run.errors import UserError
 from tiny_autoencoders import CLIP_KINDS, CONFIGS, IMAGE_KINDS, build
@@ -258,6 +259,30 @@ def test_a_decoder_that_adds_noise_is_a_function_of_its_latents():
     torch.set_rng_state(state)
     vae.decode(z)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind, clips", [("AutoencoderTiny", False), ("AutoencoderKLWan", True)])
+def test_a_model_trains_from_files_and_from_a_cache_and_samples(
+    autoencoder_folders, kind, clips, run_script, image_folder, clip_folder, tmp_path
+):
+    data = ["--data-path", clip_folder if clips else image_folder]
+    encoding = ["--vae", autoencoder_folders[kind], "--image-size", 16, "--num-workers", 0, "--device", "cpu"]
+    encoding += ["--video", "--clip-len", 5] if clips else []
+    small = ["--model", "EqM-T/2", "--patch-frames", 1, "--global-batch-size", 2, "--max-steps", 2, "--ema-decay", 0.5]
+    small += ["--sample-every", 2, "--results-dir"]
+    assert run_script("extract_latents", *data, *encoding, "--out", tmp_path / "cache").code == 0
+    for source, name in ((data, "files"), (["--latents", tmp_path / "cache"], "cached")):
+        result = run_script("train", *source, *encoding, *small, tmp_path / name)
+        assert result.code == 0, result.err
+        (run,) = (tmp_path / name).iterdir()
+        assert (run / "samples" / "0000002.png").exists()
+        weights = torch.load(run / "checkpoints" / "0000002.pt", weights_only=True)["ema"]["final_layer.linear.weight"]
+        assert weights.any()  # at first nought
+    ckpt = run / "checkpoints" / "0000002.pt"
+    words = ["--num-sampling-steps", 3, "--num-fid-samples", 2, "--folder", tmp_path / "samples", "--device", "cpu"]
+    assert run_script("sample_gd", "--ckpt", ckpt, *words).code == 0
+    sample = media.load_sample(tmp_path / "samples" / ("000001.gif" if clips else "000001.png"))
+    assert sample.shape == (5 if clips else 1, 16, 16, 3) and sample.std() > 0
 
 
 def test_an_autoencoder_that_cannot_be_had_is_one_line(tmp_path):
