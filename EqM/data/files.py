@@ -281,7 +281,7 @@ def flat_files(root, clips):
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{printable(root)} is not a folder")
-    found = [root / name for name in _entries(root)[2] if _is_wanted(os.path.join(root, name), clips)]
+    found = [root / name for name in entries(root)[2] if _is_wanted(os.path.join(root, name), clips)]
     if not found:
         raise UserError(f"{printable(root)} holds no {'clips' if clips else 'images'}")
     return found

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from EqM.data import autoencoder
+from EqM.data.geometry import geometry
 from EqM.run import resume, seeds
 from EqM.run.errors import UserError, reason
 
@@ -97,9 +97,7 @@ class LatentCache(Dataset):
 
     def _checked_copies(self, args):
         """1 or 2 copies of an item; raises ValueError unless every shard is as long and shaped as args say."""
-        channels, factor = autoencoder.geometry(args.vae)
-        side = args.image_size // factor
-        one = (2, channels, *([args.clip_len] if args.video else []), side, side)
+        one = (2, *geometry(args.vae).shape(args))
         copies = self.shards[0].shape[1] if self.shards[0].ndim > 1 else 0
         for i, (name, shard) in enumerate(zip(self.names, self.shards, strict=True)):
             expected = (min(self.shard_items, len(self) - i * self.shard_items), copies, *one)
@@ -397,9 +395,7 @@ def _described(folder):
 
 def _same(name, one, other):
     """Whether two values of a cache.json's entry mean the same: an autoencoder's folder may be written in many ways."""
-    if name == "vae" and one != other and os.path.isdir(one) and os.path.isdir(other):
-        return os.path.samefile(one, other)
-    return one == other
+    return resume.same_vae(one, other) if name == "vae" else one == other
 
 
 def _mapped(path):

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ BEFORE = {
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
 HUB = "hf:"  # begins a --data-path that names a data set of Hugging Face, and no folder
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
 
@@ -61,9 +63,14 @@ def absolute(args):
     return {**args, **{name: os.path.abspath(place) for name, place in on_disk.items()}}
 
 
+def is_hub_name(vae):
+    """Whether a value of --vae is no place on this machine but user/name[/folder] of the hub. A folder goes first."""
+    return bool(HUB_NAME.fullmatch(str(vae))) and not os.path.isdir(vae)
+
+
 def same_vae(a, b):
     """Whether two values of --vae name one autoencoder, as far as names tell."""
-    return a == b if {a, b} & {*NO_PLACES} else same_path(a, b)
+    return a == b if {a, b} & {*NO_PLACES} or is_hub_name(a) or is_hub_name(b) else same_path(a, b)
 
 
 def data_digest(names, labels, paths=None):

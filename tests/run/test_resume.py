@@ -286,3 +286,14 @@ def test_a_data_set_of_the_hub_is_no_place_on_disk(tmp_path, monkeypatch):
     assert resume.absolute(args) == args
     assert resume.same_path("hf:user/set", "hf:user/set") and not resume.same_path("hf:user/set", "hf:user/set/")
     assert not resume.same_path("hf:user/set", str(tmp_path / "hf:user" / "set"))
+
+
+def test_a_name_of_the_hub_is_no_place_unless_a_folder_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert all(map(resume.is_hub_name, ("user/name", "user/na-me.2/vae")))
+    assert not any(map(resume.is_hub_name, ("ema", "own", "./user/name", "../a/b", "/user/name", "user/name/", "")))
+    assert resume.same_vae("user/name", "user/name") and not resume.same_vae("user/name", str(tmp_path / "user/name"))
+    assert resume.absolute({"vae": "user/name"}) == {"vae": "user/name"}
+    (tmp_path / "user" / "name").mkdir(parents=True)
+    assert not resume.is_hub_name("user/name") and resume.same_vae("user/name", str(tmp_path / "user/name"))
+    assert resume.absolute({"vae": "user/name"}) == {"vae": str(tmp_path / "user/name")}
