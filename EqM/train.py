@@ -18,7 +18,7 @@ import argparse
 
 import torch
 
-from EqM import architecture, cli
+from EqM import architecture, cli, transplant
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
 from EqM.data.files import open_files
@@ -61,6 +61,12 @@ def parse_args(argv=None):
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
     group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
     group.add_argument("--auto-resume", action=switch, default=False, help="--ckpt latest where there is one")
+    group.add_argument("--init-from", help="checkpoint of any model, of which a run that starts takes what fits")
+    group.add_argument("--weights", default="ema", help="of --init-from: ema, model, or an average by its name")
+    group.add_argument(
+        "--init-positions", choices=transplant.POSITIONS,
+        help="of clips from --init-from: an image's for every frame, or new; left out: repeat for those from images",
+    )  # fmt: skip
     group.add_argument(
         "--allow-other-classes", action="store_true", help="go on with data whose class names are not the checkpoint's"
     )
@@ -78,6 +84,8 @@ def parse_args(argv=None):
         parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    if args.init_positions and not (args.init_from and args.video):
+        parser.error("--init-positions is for --video that starts --init-from other weights")
     architecture.check_geometry(args)
     return args
 
@@ -145,13 +153,17 @@ def open_run(args, ranks, trainer, meter, dataset):
     """
     data = distributed.on_main(ranks, dataset.digest)
     choice, saved = find_checkpoint(args, ranks, data)
-    first_step = 0
+    first_step, started = 0, []
     in_found_run = saved is not None and choice.path != args.ckpt  # its folder was found, not named
     if saved:
         resume.check_classes(saved, dataset.class_names, args.allow_other_classes)
         first_step = trainer.restore(saved, choice.path)
         if first_step:
             resume.check_goal(first_step, trainer.total_steps, choice.path, in_found_run)
+        if args.init_from:
+            started = ["--init-from has no effect on a run that goes on from a checkpoint"]
+    elif args.init_from:
+        started = start_from(args, trainer, dataset.class_names)
 
     def open_folder():
         check_trackers(args)
@@ -166,8 +178,8 @@ def open_run(args, ranks, trainer, meter, dataset):
     log.info(f"Precision: {trainer.run_in.reason}; {ranks.world_size} rank(s) on {ranks.device}")
     size = sum(map(torch.numel, trainer.model.parameters()))
     log.info(f"{args.model}: {size:,} parameters; steps {first_step} to {trainer.total_steps}")
-    if choice.message:
-        log.info(choice.message)
+    for line in [choice.message] * bool(choice.message) + started:
+        log.info(line)
     if saved and not first_step:
         log.info(f"Going on from {choice.path}, not exactly as without a stop: weights only, from step 0")
     elif saved:
@@ -177,6 +189,22 @@ def open_run(args, ranks, trainer, meter, dataset):
         if not changed:
             meter.load_state_dict(saved["meter"], ranks.rank)
     return log, first_step, data
+
+
+def start_from(args, trainer, class_names):
+    """Give model and averages the weights of --init-from that fit, on every rank; returns lines that say which."""
+
+    def rebuild():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.global_seed)
+            return architecture.build_model(args).state_dict()
+
+    def fitted(path):
+        return transplant.load(path, trainer.model, rebuild, class_names, args.weights, args.init_positions)
+
+    state, table = resume.load_on_all(args.init_from, fitted, distributed.all_agree)
+    trainer.restore({"model": state, "ema": state, "args": {}}, args.init_from)
+    return table
 
 
 def identity(run_in, ranks):

@@ -14,7 +14,7 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.run": 0,
     "EqM.models": 0, "EqM.transport": 0, "EqM.samplers": 1,
     "EqM.engine": 1, "EqM.data": 1,
-    "EqM.architecture": 2,
+    "EqM.architecture": 2, "EqM.transplant": 2,
     "EqM.pipeline": 3,
     "EqM.cli": 4, "EqM.preview": 4,
     "EqM.train": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5,

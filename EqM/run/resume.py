@@ -24,14 +24,21 @@ except ImportError:  # Windows
 # What makes another model or learns from other data: --auto-resume goes on with no run in which one of these differs.
 IDENTITY = (
     "model", "image_size", "num_classes", "vae", "uncond", "ebm", "video", "clip_len", "patch_frames", "path_type",
-    "prediction", "loss_weight", "disp", "data_path", "latents", "global_seed",
+    "prediction", "loss_weight", "disp", "data_path", "latents", "global_seed", "init_from", "init_positions",
+    "weights",
 )  # fmt: skip
+STARTS = ("init_from", "init_positions", "weights")  # of IDENTITY, what a run that goes on has behind it
 # What changes the numbers of a run that goes on. With --grad-checkpointing or --num-workers they are the same.
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "max_grad_norm",
     "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
 )  # fmt: skip
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
+ABSENT = {
+    "init_from": None,
+    "init_positions": None,
+    "weights": "ema",
+}  # what a checkpoint means that is older than the flag
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
@@ -46,7 +53,8 @@ def same_path(a, b):
 
 def absolute(args):
     """args with places on this machine written so that they are found from another working directory too."""
-    places = {name: args[name] for name in (*PLACES, "vae") if args.get(name) and args[name] not in NO_PLACES}
+    names = [name for name in (*PLACES, "vae", "init_from") if args.get(name) and args[name] not in NO_PLACES]
+    places = {name: args[name] for name in names}
     return {**args, **{name: os.path.abspath(place) for name, place in places.items() if os.path.exists(place)}}
 
 
@@ -109,7 +117,7 @@ def what_changed(saved, args, now, data=None):
     if "stand_in" in saved:
         changed.append(f"{saved['stand_in']} missing -> a copy of the other weights")
     same_data = _same_data(saved, data)
-    same = {*(PLACES if same_data else ()), *(() if now.get("device") == "cuda" else ("no_tf32",))}
+    same = {*STARTS, *(PLACES if same_data else ()), *(() if now.get("device") == "cuda" else ("no_tf32",))}
     if args.get("latents"):
         same.add("vae_precision")  # nothing is encoded
     names = [name for name in (*NUMBERS, *IDENTITY) if name not in same and _differs(name, theirs, args)]
@@ -148,7 +156,10 @@ def _same_data(saved, data):
 
 def _differs(name, theirs, ours):
     """Whether a setting means something else there and here; what one of them does not say is the same."""
+    theirs = ABSENT | theirs
     if name not in theirs or name not in ours:
+        return False
+    if name in STARTS and not ours.get("init_from"):  # nobody says how it began
         return False
     if name in ("clip_len", "patch_frames") and not ours.get("video"):
         return False
@@ -159,13 +170,13 @@ def _differs(name, theirs, ours):
         before, after = (str(args[name] or str(args["model"]).rpartition("/")[2]) for args in (theirs, ours))
     if name == "vae":
         return not same_vae(before, after)
-    if name in PLACES:
+    if name in PLACES or name == "init_from":
         return not same_path(before, after)
     return before != after
 
 
 def _arrow(name, before, after):
-    return f"{name} {before.get(name, 'unknown')} -> {after[name]}"
+    return f"{name} {before.get(name, ABSENT.get(name, 'unknown'))} -> {after[name]}"
 
 
 def going_on(path, changed):
