@@ -22,7 +22,7 @@ from EqM import architecture, cli, transplant
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
 from EqM.data.files import open_files
-from EqM.engine import acceleration, precision
+from EqM.engine import acceleration, ema, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
 from EqM.preview import Preview
@@ -53,7 +53,17 @@ def parse_args(argv=None):
     group.add_argument("--lr", type=cli.positive, default=1e-4, help="AdamW's learning rate")
     group.add_argument("--lr-schedule", choices=optim.SCHEDULES, default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=cli.count, default=0, help="steps of linear warm-up")
-    group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
+    group.add_argument(
+        "--ema-decay", type=cli.fraction, nargs="+", default=[0.9999],
+        help="of the averaged weights; the first of several is called ema",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema-warmup", action=switch, default=False, help="decay at most (1 + n)/(10 + n) after n steps"
+    )
+    group.add_argument(
+        "--ema-std", type=ema.std_type, nargs="+",
+        help="also power-function averages of these relative widths, to make others of after the run: 0.05 0.1, say",
+    )  # fmt: skip
     group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
     group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
     acceleration.add_flags(group)
@@ -86,6 +96,12 @@ def parse_args(argv=None):
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
     if args.init_positions and not (args.init_from and args.video):
         parser.error("--init-positions is for --video that starts --init-from other weights")
+    for name in ("ema_decay", "ema_std"):
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            parser.error(f"--{name.replace('_', '-')} has {', '.join(map(str, values))}, one of them twice")
+    if len(args.ema_decay) == 1:
+        (args.ema_decay,) = args.ema_decay
     architecture.check_geometry(args)
     return args
 
@@ -119,7 +135,7 @@ class Saver:
         meter_state = self.meter.state_dict()
         if not self.ranks.is_main:
             return
-        checkpoint.save(log.folder / "checkpoints" / f"{step:07d}.pt", {
+        path, state = log.folder / "checkpoints" / f"{step:07d}.pt", {
             **{name: part.state_dict() for name, part in trainer.parts().items()},
             "args": resume.absolute(vars(self.args)),
             "step": step,
@@ -129,7 +145,9 @@ class Saver:
             "class_names": self.dataset.class_names,
             "data": self.data,
             **identity(trainer.run_in, self.ranks),
-        })  # fmt: skip
+        }  # fmt: skip
+        checkpoint.save(path, state)
+        ema.keep_snapshot(path, state)
         if self.args.keep_checkpoints:
             checkpoint.prune(log.folder / "checkpoints", self.args.keep_checkpoints)
         log.draw()

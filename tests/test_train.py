@@ -243,6 +243,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         assert all(torch.isfinite(value).all() for value in checkpoint.load(path)["ema"].values())
 
 
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_several_averages_go_on_exactly_and_the_first_is_the_one_alone(train, name):
+    flags = [*PRECISIONS[name], "--epochs", 50, "--lr", 1e-2]
+    several = [*flags, "--ema-decay", 0.9, 0.5, "--ema-std", 0.05, 0.1]
+    straight = train(*several, "--max-steps", 5, root="straight")
+    train(*several, "--max-steps", 3, root="stopped")
+    resumed = train(*several, "--max-steps", 5, "--auto-resume", root="stopped")
+    assert "0000003.pt, exactly" in resumed.out, resumed.err
+    assert_same_checkpoint(straight.checkpoints[-1], resumed.checkpoints[-1])
+    saved = checkpoint.load(straight.checkpoints[-1])
+    assert list(checkpoint.averages(saved)) == ["ema-0.9", "ema-0.5", "ema-std-0.05", "ema-std-0.1"]
+    assert saved["averaging"]["updates"] == 5 and saved["args"]["ema_decay"] == [0.9, 0.5]
+    assert [path.name for path in sorted((resumed.folder / "averages").iterdir())] == ["0000003.pt", "0000005.pt"]
+    alone = checkpoint.load(train(*flags, "--max-steps", 5, "--ema-decay", 0.9, root="alone").checkpoints[-1])
+    assert alone.keys() == saved.keys() - {"ema-0.5", "ema-std-0.05", "ema-std-0.1", "averaging"}
+    assert alone["args"]["ema_decay"] == 0.9
+    for key in ("ema", "model"):
+        assert all(torch.equal(value, saved[key][at]) for at, value in alone[key].items())
+    other = train(*flags, "--ema-decay", 0.5, 0.9, "--max-steps", 6, "--ckpt", straight.checkpoints[-1], root="other")
+    assert "not exactly as without a stop: ema_decay [0.9, 0.5] -> [0.5, 0.9], ema_std [0.05, 0.1] -> None" in other.out
+    assert train("--ema-decay", 0.9, 0.9, root="twice").code == 2
+
+
+def test_a_warmed_up_average_goes_on_exactly_and_is_no_longer_its_start(train):
+    flags = ["--epochs", 50, "--lr", 1e-2, "--ema-warmup"]
+    straight = train(*flags, "--max-steps", 5, root="straight")
+    train(*flags, "--max-steps", 3, root="stopped")
+    resumed = train(*flags, "--max-steps", 5, "--auto-resume", root="stopped")
+    assert "0000003.pt, exactly" in resumed.out
+    assert_same_checkpoint(straight.checkpoints[-1], resumed.checkpoints[-1])
+    saved = checkpoint.load(straight.checkpoints[-1])
+    last = "final_layer.linear.bias"  # which is zero at the start
+    assert saved["ema"][last].norm() > 0.3 * saved["model"][last].norm() > 0
+
+
 def test_weights_of_another_model_are_a_start_with_a_table_and_a_resume_wins_over_it(train, tmp_path):
     """Nothing is trained here, so that what is saved is what it started from."""
     still = ["--lr", 1e-12, "--ema-decay", 1]

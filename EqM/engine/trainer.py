@@ -26,7 +26,8 @@ class Trainer:
         self.run_in = run_in
         self.total_steps = total_steps
         self.model = model
-        self.ema = EMA(model, args.ema_decay)  # a copy of the network before anything is done to it
+        # Copies of the network before anything is done to it.
+        self.ema = EMA(model, args.ema_decay, args.ema_warmup, args.ema_std or ())
         self.network = prepare.for_training(model, run_in, args, ranks, tell)
         self.optimizer = optim.adamw(model, args.lr)
         self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
@@ -37,7 +38,7 @@ class Trainer:
     def parts(self):
         """What a checkpoint keeps, by its key there."""
         return {
-            "model": self.model, "ema": self.ema.model, "opt": self.optimizer, "scaler": self.scaler,
+            "model": self.model, **self.ema.parts(), "opt": self.optimizer, "scaler": self.scaler,
             "schedule": self.schedule, "guard": self.guard,
         }  # fmt: skip
 
@@ -48,9 +49,13 @@ class Trainer:
         """
         parts = self.parts()
         checkpoint.load_weights(parts["model"], saved["model"], path, saved["args"])
-        checkpoint.load_weights(parts["ema"], saved["ema"], path, saved["args"])
+        averages = checkpoint.averages(saved)
+        for name, average in self.ema.models.items():
+            checkpoint.load_weights(average, averages.get(name, saved["ema"]), path, saved["args"])
         if "step" not in saved:  # published: the weights alone are a start
             return 0
+        if self.ema.counts:  # an average that is new to the run is as old as the run
+            self.ema.load_state_dict(saved.get("averaging") or {"updates": checkpoint.steps_taken(saved)})
         if "opt" in saved:
             checkpoint.load_optimizer(parts["opt"], saved["opt"])
         same_precision = saved.get("precision") == self.run_in.name

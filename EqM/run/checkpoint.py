@@ -133,15 +133,22 @@ def weights_named(saved, name, path, flag="--ckpt"):
 
     Raises UserError with the names there are.
     """
-    decays = decays_of(saved["args"])
-    if name in ("model", "ema"):
-        return saved[name]
-    if decays and name == average_name(decays[0]):
-        return saved["ema"]
-    if name not in _averages(saved):
-        names = ["ema", "model", *_averages(saved)]
-        raise UserError(f"--weights {name} is not in {flag} {path}; it has {', '.join(names)}")
-    return saved[name]
+    known = {"ema": saved["ema"], "model": saved["model"], **averages(saved)}
+    if name not in known:
+        raise UserError(f"--weights {name} is not in {flag} {path}; it has {', '.join(known)}")
+    return known[name]
+
+
+def averages(saved):
+    """State dicts of a loaded checkpoint's averages by name; the first decay's is what it calls plain ema."""
+    first = {average_name(decay): saved["ema"] for decay in decays_of(saved["args"])[:1]}
+    return first | {name: saved[name] for name in saved if isinstance(name, str) and name.startswith("ema-")}
+
+
+def steps_taken(saved):
+    """Steps that changed the weights of a loaded checkpoint, which FP16's skipped ones did not; None if unknown."""
+    taken = saved.get("schedule", {}).get("taken", saved.get("step"))
+    return None if taken is None else float(taken)
 
 
 def decays_of(args):
@@ -151,12 +158,8 @@ def decays_of(args):
 
 
 def average_name(decay=None, std=None):
-    """What an average is called in a checkpoint and by --weights; the first decay's is also plain ema."""
+    """What an average is called in a checkpoint and by --weights."""
     return f"ema-{decay}" if std is None else f"ema-std-{std}"
-
-
-def _averages(saved):
-    return [name for name in saved if isinstance(name, str) and name.startswith("ema-")]
 
 
 def _is_zip(file):

@@ -30,15 +30,12 @@ IDENTITY = (
 STARTS = ("init_from", "init_positions", "weights")  # of IDENTITY, what a run that goes on has behind it
 # What changes the numbers of a run that goes on. With --grad-checkpointing or --num-workers they are the same.
 NUMBERS = (
-    "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "max_grad_norm",
-    "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
+    "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "ema_warmup",
+    "ema_std", "max_grad_norm", "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
 )  # fmt: skip
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
-ABSENT = {
-    "init_from": None,
-    "init_positions": None,
-    "weights": "ema",
-}  # what a checkpoint means that is older than the flag
+# What a checkpoint means that is older than the flag.
+ABSENT = {"init_from": None, "init_positions": None, "weights": "ema", "ema_warmup": False, "ema_std": None}
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
@@ -170,6 +167,8 @@ def _differs(name, theirs, ours):
         before, after = (str(args[name] or str(args["model"]).rpartition("/")[2]) for args in (theirs, ours))
     if name == "vae":
         return not same_vae(before, after)
+    if name == "ema_decay":  # one may be given as a number
+        return checkpoint.decays_of(theirs) != checkpoint.decays_of(ours)
     if name in PLACES or name == "init_from":
         return not same_path(before, after)
     return before != after
