@@ -22,7 +22,7 @@ from torch import Tensor
 
 from EqM import architecture, samplers
 from EqM.data import autoencoder as autoencoders
-from EqM.engine import precision, prepare
+from EqM.engine import ema, precision, prepare
 from EqM.engine.acceleration import modulated_once
 from EqM.engine.precision import Precision
 from EqM.models import EqM
@@ -31,6 +31,7 @@ from EqM.run.errors import UserError
 from EqM.transport import Transport
 
 SHOWN = 8  # class names in a message
+YOUNG = 0.1  # of an EMA is its start: worth a line
 LABEL = 1  # names the draw of a sample's label, beside that of its noise
 
 
@@ -78,15 +79,14 @@ class EqMPipeline:
         """The model of a checkpoint, or of the newest one in a run folder.
 
         precision: fp32, bf16 or fp16, whatever it was trained in. device: left out, the GPU where there is one.
-        weights: "ema", or "model" for those that were trained. model_flags: what the checkpoint does not say, named as
-        sample_gd.py's flags (model, image_size, num_classes, vae, ...), or another place of its autoencoder.
+        weights: "ema", "model" for those that were trained, or one of several averages by name ("ema-0.999").
+        model_flags: what the checkpoint does not say, named as sample_gd.py's flags (model, image_size, num_classes,
+        vae, ...), or another place of its autoencoder.
         Raises UserError if the file is no checkpoint, does not fit, or its autoencoder cannot be had.
         """
         unknown = model_flags.keys() - {*architecture.MODEL_DEFAULTS, "sample_eps", "vae_precision"}
         if unknown:
             raise UserError(f"{', '.join(sorted(unknown))}: no such flag of a model")
-        if weights not in ("ema", "model"):
-            raise UserError(f"weights {weights!r} is neither ema nor model")
         blank = dict.fromkeys(architecture.MODEL_DEFAULTS) | {"sample_eps": None, "vae_precision": "same"}
         file = checkpoint.newest_of(path) if Path(path).is_dir() else path
         where = distributed.device_named(str(device) if device is not None else None)
@@ -108,11 +108,14 @@ class EqMPipeline:
         """The model of a checkpoint that is loaded: saved, from path.
 
         args: flags of the model, sample_eps and vae_precision; what they leave open is filled in from the checkpoint.
-        tell: called with a line if compile has no effect. Raises UserError as from_pretrained.
+        tell: called with a line if compile has no effect or the EMA is young. Raises UserError as from_pretrained.
         """
         architecture.follow_checkpoint(args, saved["args"])
         model = architecture.build_model(args)
-        checkpoint.load_weights(model, saved[weights], path, saved["args"])
+        checkpoint.load_weights(model, checkpoint.weights_named(saved, weights, path), path, saved["args"])
+        held = ema.held_of_start(saved, weights)
+        if held is not None and held > YOUNG:
+            tell(f"The EMA still holds {held:.0%} of the weights it began with; --weights model takes the trained ones")
         autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in))
         transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
         prepare.for_sampling(model.to(run_in.device), run_in, compile, tell)

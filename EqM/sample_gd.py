@@ -48,7 +48,8 @@ def parse_args():
     precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("samples")
-    group.add_argument("--ckpt", required=True, help="checkpoint; its EMA weights are sampled")
+    group.add_argument("--ckpt", required=True, help="checkpoint")
+    group.add_argument("--weights", default="ema", help="of it: ema, model, or one of several averages, as ema-0.999")
     group.add_argument("--folder", default="samples", help="where samples go; images also make <folder>.npz")
     group.add_argument("--num-fid-samples", type=cli.positive_int, default=50_000, help="how many samples")
     group.add_argument(
@@ -65,14 +66,15 @@ def parse_args():
     return parser.parse_args()
 
 
-def recipe(args, ema, run_in):
+def recipe(args, weights, run_in):
     """All that a sample depends on besides its number, as samples.json keeps it."""
     names = (
         *architecture.MODEL_DEFAULTS, "sampler", "stepsize", "num_sampling_steps", "mu", "cfg_scale", "cfg_channels",
         "sample_eps", "classes", "global_seed", "vae_precision", "fps",
     )  # fmt: skip
     flags = {name: getattr(args, name) for name in names}
-    return {"weights": checkpoint.fingerprint(ema), "precision": run_in.name, "noise": NOISE, **resume.absolute(flags)}
+    made_of = checkpoint.fingerprint(weights)
+    return {"weights": made_of, "precision": run_in.name, "noise": NOISE, **resume.absolute(flags)}
 
 
 def open_folder(folder, files, made_by, add_missing):
@@ -152,13 +154,14 @@ def main():
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
     saved = checkpoint.load(args.ckpt)
-    pipe = EqMPipeline.from_saved(saved, args.ckpt, args, run_in, compile=args.compile, tell=tqdm.write)
+    tell = tqdm.write if ranks.is_main else str  # once, not on every rank
+    pipe = EqMPipeline.from_saved(saved, args.ckpt, args, run_in, args.weights, args.compile, tell)
     labels = pipe.labels(args.classes, range(args.num_fid_samples), args.global_seed)
 
     folder = Path(args.folder)
     suffix = args.clip_format if args.video else "png"
     files = [folder / f"{i:06d}.{suffix}" for i in range(args.num_fid_samples)]
-    made_by = recipe(args, saved["ema"], run_in)
+    made_by = recipe(args, checkpoint.weights_named(saved, args.weights, args.ckpt), run_in)
     todo = distributed.on_main(ranks, lambda: open_folder(folder, files, made_by, args.resume))
     batch_size = max(1, args.global_batch_size // ranks.world_size)
     indices = todo[ranks.rank :: ranks.world_size]

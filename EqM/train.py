@@ -23,11 +23,11 @@ from functools import partial
 
 import torch
 
-from EqM import architecture, cli, recipe
+from EqM import architecture, cli, recipe, transplant
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
 from EqM.data.tables import open_data
-from EqM.engine import acceleration, precision
+from EqM.engine import acceleration, ema, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
 from EqM.run import checkpoint, distributed, resume, saving, seeds
@@ -63,7 +63,17 @@ def parse_args(argv=None):
     group.add_argument("--lr-schedule", choices=optim.SCHEDULES, default="constant", help="after the warm-up")
     group.add_argument("--min-lr", type=cli.non_negative, default=0.0, help="where the cosine ends")
     group.add_argument("--warmup-steps", type=cli.count, default=0, help="steps of linear warm-up")
-    group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
+    group.add_argument(
+        "--ema-decay", type=cli.fraction, nargs="+", default=[0.9999],
+        help="of the averaged weights; the first of several is called ema",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema-warmup", action=switch, default=False, help="decay at most (1 + n)/(10 + n) after n steps"
+    )
+    group.add_argument(
+        "--ema-std", type=ema.std_type, nargs="+",
+        help="also power-function averages of these relative widths, to make others of after the run: 0.05 0.1, say",
+    )  # fmt: skip
     group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
     group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
     acceleration.add_flags(group)
@@ -71,6 +81,12 @@ def parse_args(argv=None):
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
     group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
     group.add_argument("--auto-resume", action=switch, default=False, help="--ckpt latest where there is one")
+    group.add_argument("--init-from", help="checkpoint of any model, of which a run that starts takes what fits")
+    group.add_argument("--weights", default="ema", help="of --init-from: ema, model, or an average by its name")
+    group.add_argument(
+        "--init-positions", choices=transplant.POSITIONS,
+        help="of clips from --init-from: an image's for every frame, or new; left out: repeat for those from images",
+    )  # fmt: skip
     group.add_argument(
         "--allow-other-classes", action="store_true", help="go on with data whose class names are not the checkpoint's"
     )
@@ -92,6 +108,14 @@ def parse_args(argv=None):
         parser.error(f"--min-lr {args.min_lr:g} is where --lr-schedule cosine ends, below --lr {args.lr:g}")
     cli.check_c(parser, args)
     watch.check(parser, args)
+    if args.init_positions and not (args.init_from and args.video):
+        parser.error("--init-positions is for --video that starts --init-from other weights")
+    for name in ("ema_decay", "ema_std"):
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            parser.error(f"--{name.replace('_', '-')} has {', '.join(map(str, values))}, one of them twice")
+    if len(args.ema_decay) == 1:
+        (args.ema_decay,) = args.ema_decay
     architecture.check_geometry(args)
     return args
 
@@ -170,6 +194,7 @@ def write_checkpoint(path, keep, log, state, arrived):
     """Write a checkpoint and what goes with it. keep: how many to keep, None for all. arrived: waits for the state."""
     arrived()
     checkpoint.save(path, state)
+    ema.keep_snapshot(path, state)
     if keep:
         checkpoint.prune(path.parent, keep)
     log.info(f"Saved checkpoint {path.name}")
@@ -193,13 +218,17 @@ def open_run(args, ranks, trainer, meter, dataset):
     """
     data = distributed.on_main(ranks, dataset.digest)
     choice, saved = find_checkpoint(args, ranks, data)
-    first_step = 0
+    first_step, started = 0, []
     in_found_run = saved is not None and choice.path != args.ckpt  # its folder was found, not named
     if saved:
         resume.check_classes(saved, dataset.class_names, args.allow_other_classes)
         first_step = trainer.restore(saved, choice.path)
         if first_step:
             resume.check_goal(first_step, trainer.total_steps, choice.path, in_found_run)
+        if args.init_from:
+            started = ["--init-from has no effect on a run that goes on from a checkpoint"]
+    elif args.init_from:
+        started = start_from(args, trainer, dataset.class_names)
 
     def open_folder():
         check_trackers(args)
@@ -216,8 +245,8 @@ def open_run(args, ranks, trainer, meter, dataset):
     log.info(f"Precision: {trainer.run_in.reason}; {ranks.world_size} rank(s) on {ranks.device}")
     size = sum(map(torch.numel, trainer.model.parameters()))
     log.info(f"{args.model}: {size:,} parameters; steps {first_step} to {trainer.total_steps}")
-    if choice.message:
-        log.info(choice.message)
+    for line in [choice.message] * bool(choice.message) + started:
+        log.info(line)
     if saved and not first_step:
         log.info(f"Going on from {choice.path}, not exactly as without a stop: weights only, from step 0")
     elif saved:
@@ -227,6 +256,22 @@ def open_run(args, ranks, trainer, meter, dataset):
         if not changed:
             meter.load_state_dict(saved["meter"], ranks.rank)
     return log, first_step, data
+
+
+def start_from(args, trainer, class_names):
+    """Give model and averages the weights of --init-from that fit, on every rank; returns lines that say which."""
+
+    def rebuild():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.global_seed)
+            return architecture.build_model(args).state_dict()
+
+    def fitted(path):
+        return transplant.load(path, trainer.model, rebuild, class_names, args.weights, args.init_positions)
+
+    state, table = resume.load_on_all(args.init_from, fitted, distributed.all_agree)
+    trainer.restore({"model": state, "ema": state, "args": {}}, args.init_from)
+    return table
 
 
 def identity(run_in, ranks):

@@ -128,7 +128,7 @@ def test_weights_and_what_is_wrong_with_a_call(image_ckpt, tmp_path):
         ({"precision": "fp8"}, "'fp8' is none of fp32, bf16, fp16"),
         ({"size": 3}, "size: no such flag"),
         ({"model": "EqM-S/4"}, "--model EqM-S/4 contradicts"),
-        ({"weights": "raw"}, "weights 'raw'"),
+        ({"weights": "raw"}, "--weights raw is not in"),
     ]:
         with pytest.raises(UserError, match=words):
             open_pipe(image_ckpt, **more)

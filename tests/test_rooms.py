@@ -14,7 +14,7 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.run": 0,
     "EqM.models": 0, "EqM.transport": 0, "EqM.samplers": 1,
     "EqM.engine": 1, "EqM.data": 1,
-    "EqM.architecture": 2,
+    "EqM.architecture": 2, "EqM.transplant": 2,
     "EqM.pipeline": 3,
     "EqM.cli": 4, "EqM.recipe": 4, "EqM.metrics": 4,
     "EqM.watch": 5,

@@ -220,3 +220,28 @@ def test_the_autoencoder_may_lie_elsewhere_than_in_training(sample, tmp_path, ti
     result = sample(tmp_path / "x.pt", "--vae", tiny_vae)
     assert result.code == 0 and result.pixels[0].shape == (1, 32, 32, 3)
     assert result.err == "" or "warning" not in result.err.lower()
+
+
+def test_weights_are_chosen_by_name_and_a_young_average_is_told(run_script, tmp_path):
+    """A run's example: 200 steps with the default decay."""
+    states = [torch.load(save_checkpoint(tmp_path / f"{seed}.pt", IMAGE_ARGS, seed))["model"] for seed in range(3)]
+    args = {**IMAGE_ARGS, "ema_decay": [0.9999, 0.9]}
+    saved = dict(zip(("model", "ema", "ema-0.9"), states, strict=True))
+    checkpoint.save(tmp_path / "x.pt", {**saved, "args": args, "class_names": NAMES, "step": 200})
+    drawn = {}
+    for name in ("ema", "ema-0.9999", "ema-0.9", "model"):
+        words = ["--ckpt", tmp_path / "x.pt", "--weights", name, "--folder", tmp_path / name, "--device", "cpu"]
+        result = run_script("sample_gd", *words, "--num-fid-samples", 1, "--num-sampling-steps", 3)
+        assert result.code == 0, result.err
+        told = "The EMA still holds 98% of the weights it began with; --weights model takes the trained ones"
+        assert result.out.count(told) == (name in ("ema", "ema-0.9999"))
+        drawn[name] = np.load(tmp_path / f"{name}.npz")["arr_0"]
+        into_same = run_script(
+            "sample_gd", *words, "--folder", tmp_path / "ema", "--num-fid-samples", 1, "--num-sampling-steps", 3
+        )
+        assert (into_same.code == 0) == (name in ("ema", "ema-0.9999")), into_same.err
+    assert np.array_equal(drawn["ema"], drawn["ema-0.9999"])
+    assert len({drawn[name].tobytes() for name in ("ema", "ema-0.9", "model")}) == 3
+    result = run_script("sample_gd", "--ckpt", tmp_path / "x.pt", "--weights", "ema-0.5", "--folder", tmp_path / "y")
+    assert result.code == 2 and "--weights ema-0.5 is not in --ckpt" in result.err and not (tmp_path / "y").exists()
+    assert "it has ema, model, ema-0.9999, ema-0.9" in result.err

@@ -246,6 +246,81 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         assert all(torch.isfinite(value).all() for value in checkpoint.load(path)["ema"].values())
 
 
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_several_averages_go_on_exactly_and_the_first_is_the_one_alone(train, name):
+    flags = [*PRECISIONS[name], "--epochs", 50, "--lr", 1e-2]
+    several = [*flags, "--ema-decay", 0.9, 0.5, "--ema-std", 0.05, 0.1]
+    straight = train(*several, "--max-steps", 5, root="straight")
+    train(*several, "--max-steps", 3, root="stopped")
+    resumed = train(*several, "--max-steps", 5, "--auto-resume", root="stopped")
+    assert "0000003.pt, exactly" in resumed.out, resumed.err
+    assert_same_checkpoint(straight.checkpoints[-1], resumed.checkpoints[-1])
+    saved = checkpoint.load(straight.checkpoints[-1])
+    assert list(checkpoint.averages(saved)) == ["ema-0.9", "ema-0.5", "ema-std-0.05", "ema-std-0.1"]
+    assert saved["averaging"]["updates"] == 5 and saved["args"]["ema_decay"] == [0.9, 0.5]
+    assert [path.name for path in sorted((resumed.folder / "averages").iterdir())] == ["0000003.pt", "0000005.pt"]
+    alone = checkpoint.load(train(*flags, "--max-steps", 5, "--ema-decay", 0.9, root="alone").checkpoints[-1])
+    assert alone.keys() == saved.keys() - {"ema-0.5", "ema-std-0.05", "ema-std-0.1", "averaging"}
+    assert alone["args"]["ema_decay"] == 0.9
+    for key in ("ema", "model"):
+        assert all(torch.equal(value, saved[key][at]) for at, value in alone[key].items())
+    other = train(*flags, "--ema-decay", 0.5, 0.9, "--max-steps", 6, "--ckpt", straight.checkpoints[-1], root="other")
+    assert "not exactly as without a stop: ema_decay [0.9, 0.5] -> [0.5, 0.9], ema_std [0.05, 0.1] -> None" in other.out
+    assert train("--ema-decay", 0.9, 0.9, root="twice").code == 2
+
+
+def test_a_warmed_up_average_goes_on_exactly_and_is_no_longer_its_start(train):
+    flags = ["--epochs", 50, "--lr", 1e-2, "--ema-warmup"]
+    straight = train(*flags, "--max-steps", 5, root="straight")
+    train(*flags, "--max-steps", 3, root="stopped")
+    resumed = train(*flags, "--max-steps", 5, "--auto-resume", root="stopped")
+    assert "0000003.pt, exactly" in resumed.out
+    assert_same_checkpoint(straight.checkpoints[-1], resumed.checkpoints[-1])
+    saved = checkpoint.load(straight.checkpoints[-1])
+    last = "final_layer.linear.bias"  # which is zero at the start
+    assert saved["ema"][last].norm() > 0.3 * saved["model"][last].norm() > 0
+
+
+def test_weights_of_another_model_are_a_start_with_a_table_and_a_resume_wins_over_it(train, tmp_path):
+    """Nothing is trained here, so that what is saved is what it started from."""
+    still = ["--lr", 1e-12, "--ema-decay", 1]
+    first = train("--lr", 1e-2)
+    elsewhere = shutil.copy(first.checkpoints[0], tmp_path / "start.pt")
+    flags = ["--image-size", 16, "--num-classes", 3, "--init-from", elsewhere, "--auto-resume", *still]
+    result = train(*flags, root="next")
+    assert result.code == 0, result.err
+    assert f"Starting from {elsewhere}, its ema:" in result.out and "steps 0 to 2" in result.out
+    assert "  changed  positions: new, of 1 x 4 x 4 tokens" in (result.folder / "log.txt").read_text()
+    theirs, ours = checkpoint.load(elsewhere), checkpoint.load(result.checkpoints[0])
+    assert all(torch.equal(theirs["ema"][name], ours["ema"][name]) for name in ours["ema"] if "blocks" in name)
+    assert (ours["step"], ours["args"]["init_from"]) == (2, str(elsewhere))
+    assert not torch.equal(theirs["ema"]["final_layer.linear.weight"], theirs["model"]["final_layer.linear.weight"])
+    by_weights = train(*flags, "--weights", "model", root="weights")
+    assert torch.equal(
+        checkpoint.load(by_weights.checkpoints[0])["ema"]["final_layer.linear.weight"],
+        theirs["model"]["final_layer.linear.weight"],
+    )
+
+    other = train(*flags[:5], result.checkpoints[0], *flags[6:], root="next")
+    assert "Starting anew, since 000-EqM-T-4-Linear-velocity-None is another run: init_from" in other.out
+    shutil.rmtree(other.folder)
+    elsewhere.unlink()
+    again = train(*flags, "--max-steps", 3, "--epochs", 9, root="next")
+    assert again.code == 0 and again.folder == result.folder, again.err
+    assert "0000002.pt, exactly" in again.out and "--init-from has no effect" in again.out
+    assert "Starting from" not in again.out
+
+
+def test_a_start_that_does_not_fit_leaves_no_run_folder(train, tmp_path):
+    wide = EqM_models["EqM-S/4"](input_size=8, num_classes=2, in_channels=3)
+    torch.save(wide.state_dict(), tmp_path / "wide.pt")
+    for path, message in [("wide.pt", "it is 384 wide and this model 144"), ("none.pt", "is not a file")]:
+        result = train("--init-from", tmp_path / path)
+        assert result.code == 2 and message in result.err and result.folder is None
+        assert len(result.err.strip().splitlines()) == 1, result.err
+    assert train("--init-positions", "new").code == 2
+
+
 def test_checkpoints_are_pruned_to_the_newest(train):
     result = train("--max-steps", 5, "--epochs", 50, "--ckpt-every", 1, "--keep-checkpoints", 2)
     assert [path.name for path in result.checkpoints] == ["0000004.pt", "0000005.pt"]

@@ -156,6 +156,30 @@ def test_a_vae_by_name_is_no_folder(tmp_path, monkeypatch):
     assert changed({**SAVED, "args": {**ARGS, "vae": "ema"}}, vae="mse") == ["vae ema -> mse"]
 
 
+def test_one_decay_is_the_same_as_a_number_and_in_a_list():
+    assert changed(ema_decay=[0.9999], ema_warmup=False, ema_std=None) == []
+    assert changed(ema_decay=[0.9999, 0.99]) == ["ema_decay 0.9999 -> [0.9999, 0.99]"]
+    assert changed(ema_warmup=True, ema_std=[0.1]) == ["ema_warmup False -> True", "ema_std None -> [0.1]"]
+
+
+def test_another_start_makes_another_run_and_is_nothing_to_a_run_that_goes_on(tmp_path):
+    """Left out, it says nothing: the run began long ago. A checkpoint that is older than the flag began without."""
+    start = str(tmp_path / "start.pt")
+    begun = {**SAVED, "args": {**ARGS, "init_from": start, "init_positions": None, "weights": "ema"}}
+    for saved, args, differs in [
+        (begun, {"init_from": start}, []),
+        (begun, {"init_from": f"{tmp_path}/./start.pt"}, []),
+        (begun, {"init_from": None}, []),
+        (begun, {"init_from": "other.pt"}, [f"init_from {start} -> other.pt"]),
+        (begun, {"init_from": start, "init_positions": "new"}, ["init_positions None -> new"]),
+        (begun, {"init_from": start, "weights": "model"}, ["weights ema -> model"]),
+        (SAVED, {"init_from": "other.pt"}, ["init_from None -> other.pt"]),
+    ]:
+        args = {**ARGS, "init_positions": None, "weights": "ema", **args}
+        assert resume.other_identity(saved, args, DATA) == differs
+        assert changed(saved, **args) == []
+
+
 def test_other_classes_are_refused_unless_asked_for():
     for names, words in [
         (["dog", "cat"], "the same classes in another order"),
