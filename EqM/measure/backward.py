@@ -1,11 +1,11 @@
 """Backward passes in Python, over the graph that PyTorch recorded.
 
-PyTorch's own engine asks the driver for a card's streams before it runs, so for fake tensors of a card that is not there
-it cannot. This one calls the graph's nodes in the same order, adds gradients where that one adds them, and lets go of
-what a node has saved as soon as the node has run: the same operations, with the same tensors alive.
+PyTorch's own engine asks the driver for a card's streams before it runs, and so fails where fake tensors stand for a
+card that is not there. This one calls the graph's nodes in the same order, adds gradients where that one adds them, and
+lets go of what a node has saved as soon as the node has run: the same operations, with the same tensors alive.
 
-Left out: hooks on tensors and nodes, which nothing of ours sets on one rank. `torch.autograd.grad` computes gradients of
-weights too where a node gives them beside the one that is wanted; PyTorch's engine leaves those out.
+Left out: hooks on tensors and nodes, which nothing of ours sets on one rank. Where a node gives gradients of weights
+beside the one that `torch.autograd.grad` wants, it computes them here, and in PyTorch's engine it does not.
 """
 
 import heapq
@@ -212,9 +212,7 @@ def _fitted(grad, meta):
 
 def _alone(tensor):
     """Whether no other tensor shares this one's memory, of which it is all."""
-    held = torch._C._storage_Use_Count(
-        tensor.untyped_storage()._cdata
-    )  # by the tensor and by what was just made to ask
+    held = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # twice: by the tensor, and here
     return held == 2 and torch.ops.aten.is_non_overlapping_and_dense(tensor)
 
 

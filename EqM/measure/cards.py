@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. memory in GiB as it is labelled, bandwidth in GB/s, and TFLOP/s of dense matrix products that are summed in
-    FP32; None where the card has no units for them. capability: CUDA's.
+    """A GPU. memory: as it is labelled. bandwidth: GB/s. capability: CUDA's.
+
+    fp32 to fp16: TFLOP/s of dense matrix products that are summed in FP32; None where it has no units for them.
     """
 
     name: str

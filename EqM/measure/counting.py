@@ -23,17 +23,18 @@ SILENT = {  # no view, and no kernel either
 }  # fmt: skip
 FILLS = {"fill_", "zero_", "copy_", "normal_", "uniform_", "random_"}  # write what they are given without reading it
 GATHERS = {"embedding", "gather", "index", "index_select"}  # read as much as they write
-# How many tensors one launch of a multi-tensor kernel takes, by how many lists of them it is given, how many blocks, and
-# how many elements one block: MultiTensorApply.cuh.
+# What one launch of a multi-tensor kernel takes (MultiTensorApply.cuh): tensors of each list, by the number of lists;
+# blocks; elements of a block.
 TENSORS, BLOCKS, CHUNK = (110, 64, 48, 36, 30), 320, 65_536
 
 
 class Count(TorchDispatchMode):
-    """Counts what passes on a type of device (cuda, cpu) while it is entered. `part` names what new memory is for; `mark` says it later.
+    """Counts what passes on a type of device (cuda, cpu) while it is entered.
 
-    held, most: bytes now and the most so far, by part; at_peak: by part when all together was most, which is `peak`.
-    kernels: operations that are no views, multi-tensor ones by the launches they take. moved: bytes that operations
-    other than products read and write, each operand once. products: operations by (kind, dtype). by_name: kernels by name.
+    part: what new memory is for; `mark` says it later. held, most: bytes now and the most so far, by part. peak: the
+    most of all parts at one moment. kernels, by_name: operations that are no views, multi-tensor ones by the launches
+    they take. moved: bytes that operations other than products read and write, each operand once. products:
+    floating-point operations by (kind, dtype).
     """
 
     def __init__(self, device):
@@ -47,7 +48,6 @@ class Count(TorchDispatchMode):
     def reset(self):
         """Count from here on; memory that is held stays."""
         self.most = Counter(self.held)
-        self.at_peak = Counter(self.held)
         self.peak = self.total = sum(self.held.values())
         self.moved = 0
         self.products = defaultdict(int)
@@ -108,8 +108,7 @@ class Count(TorchDispatchMode):
         self.held[part] += size
         self.most[part] = max(self.most[part], self.held[part])
         self.total += size * total
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, Counter(self.held)
+        self.peak = max(self.peak, self.total)
 
     def _took(self, size):
         """Memory that is there and gone within one kernel."""
@@ -144,7 +143,7 @@ def _bytes(tensor):
 def launches(name, args):
     """Kernels of one operation. Lists of tensors that match each other go many at a time, others one by one."""
     lists = [each for each in args if isinstance(each, (list, tuple)) and each and isinstance(each[0], torch.Tensor)]
-    if not lists or not (name.startswith("_foreach") or name.startswith("_fused") or name.startswith("_amp_foreach")):
+    if not lists or not name.startswith(("_foreach", "_fused", "_amp_foreach")):
         return 1
     if name == "_fused_adamw_":
         lists = lists[:4]  # the steps' counts travel beside them
@@ -162,7 +161,7 @@ def launches(name, args):
 
 
 def _scratch(name, args):
-    """Bytes that an attention kernel takes for itself on a GPU: sums of the query's gradient in FP32, and a row's sums."""
+    """Bytes that an attention kernel takes for itself on a GPU: the query's gradient in FP32, and a sum of each row."""
     if name == "_scaled_dot_product_flash_attention_backward":
         N, heads, L, head = args[1].shape
         return N * heads * _up(L, 128) * (_up(head, 32) + 1) * 4

@@ -66,7 +66,7 @@ def room(memory):
 class Search:
     """Largest batches of a Run, each counted. Its peak is taken to be convex in the batch.
 
-    (What rules a large batch grows evenly with it; what rules a small one, such as the optimizer's step, does not grow.)
+    (What rules a large batch grows evenly with it; what rules a small one, the optimizer's step say, does not grow.)
     """
 
     def __init__(self, run, passes=1):
@@ -95,11 +95,6 @@ class Search:
                 return last
             self.step(min(top, max(last + 1, _reach(fit[-1], over[0], most))) if over else min(top, 16 * last))
 
-    def at_least(self, most):
-        """A batch with a peak of at most so many bytes, without counting more."""
-        fit, over = self._sides(most)
-        return _reach(fit[-1], over[0], most) if fit and over else fit[-1].batch if fit else 0
-
     def _sides(self, most):
         """Steps that fit, and those that do not, by batch."""
         ordered = [self.steps[batch] for batch in sorted(self.steps)]
@@ -107,13 +102,16 @@ class Search:
 
 
 def _reach(one, other, most):
-    """The batch at which a line through two steps' peaks reaches so many bytes; where it does not rise, twice a batch."""
+    """The batch at which the line through two steps' peaks reaches so many bytes; far off, where it does not rise."""
     slope = (other.peak - one.peak) / (other.batch - one.batch)
     return one.batch + math.floor((most - one.peak) / slope) if slope > 0 else 2 * max(one.batch, other.batch)
 
 
 def figures(args, name, given):
-    """(what --json holds of a precision, a batch that fits beside gradients); None if the card has no units for it."""
+    """(what --json holds of a precision, the largest batch where passes are added up, if one pass does not fit).
+
+    None if the card has no units for the precision.
+    """
     card, passes = given.card, args.grad_accum_steps
     if card and name != "fp32" and getattr(card, name) is None:
         return None
@@ -123,7 +121,9 @@ def figures(args, name, given):
         step, other = search.step(batch), search.step(batch // 2 or 2)
         largest = search.largest(room(given.memory))
         first = run(batch) if passes > 2 else step
-        beside = search.at_least(room(given.memory) - (step.parts["gradients"] if passes == 1 else 0))
+        beside = largest  # with gradients of the passes before
+        if passes == 1 and step.peak > room(given.memory):
+            beside = search.largest(room(given.memory) - step.parts["gradients"])
         tokens, channels = run.model.pos_embed.shape[1:]
         depth = len(run.model.blocks)
     kept = step.block - other.block
@@ -216,13 +216,13 @@ def notes(args, given):
     """What the figures are of, and what is not in them."""
     card = given.card
     lines = [
-        f"Each part's own most; peak is the most of all at one moment. Of {given.memory:g} GB, {CONTEXT:g} GiB are left to "
-        f"CUDA's context and libraries and {SPARE:.0%} to gaps between tensors: allowances, not counted."
+        f"Each part's own most; peak is the most of all at one moment. Of {given.memory:g} GB, {CONTEXT:g} GiB are left "
+        f"to CUDA's context and libraries and {SPARE:.0%} to gaps between tensors: allowances, not counted."
     ]
     if card:
         lines.append(
-            f"Times are least ones, on {card.name} ({card.source}): products at its full dense rate; memory: bytes of all "
-            f"else, each operand once, at {card.bandwidth:g} GB/s. Without --compile a step takes at least both together."
+            f"Times are least ones, on {card.name} ({card.source}). Products: at its full dense rate. Memory: bytes of "
+            f"all else, each operand once, at {card.bandwidth:g} GB/s. Without --compile a step takes at least both."
         )
     else:
         lines.append("No times: --card says whose.")
@@ -259,9 +259,7 @@ def main():
         return
     known = {name: figures(args, name, given) for name in precision.FLAGS}
     batch = loader.micro_batch_size(args, Ranks(0, given.ranks, None))
-    print(
-        f"{args.model}, {batch} in a forward pass, {args.grad_accum_steps} of them a step, on each of {given.ranks} card(s)"
-    )
+    print(f"{args.model}; on each of {given.ranks} card(s) {batch} a pass, {args.grad_accum_steps} pass(es) a step")
     print(f"\n{as_text(known)}\n{verdict(args, given, known)}\n")
     print("\n".join(notes(args, given)))
     if given.json:

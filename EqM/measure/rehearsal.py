@@ -41,7 +41,7 @@ class Step:
 
 @contextmanager
 def rehearsal(args, name, capability=(8, 0)):
-    """A Run of train.py's settled args in a precision, on a card of this compute capability; with --device cpu on a CPU.
+    """A Run of train.py's settled args in a precision: on a card of this compute capability, or with --device cpu.
 
     Raises UserError as precision.activate.
     """
