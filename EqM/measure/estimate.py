@@ -226,6 +226,10 @@ def notes(args, given):
         )
     else:
         lines.append("No times: --card says whose.")
+    if not torch.backends.cuda.is_built() and args.device != "cpu":
+        lines.append(
+            "This PyTorch has no CUDA: a card's kernels were counted on CPU tensors, the autoencoder's norms in 16 bits."
+        )
     if args.compile:
         lines.append("--compile is not counted: it fuses what is not a product, so that kernels and bytes are fewer.")
     if args.latents == NO_PLACE:

@@ -81,6 +81,23 @@ def fake_cuda(capability=(9, 0), strict=True, on_gradient=lambda parameter: None
         torch.backends.cudnn.allow_tf32 = tf32
 
 
+@contextmanager
+def like_cuda(capability, on_gradient=lambda parameter: None):
+    """For PyTorch without CUDA, whose graphs take no tensors of a card: fake CPU tensors, and a card's kernels.
+
+    Attention and multi-tensor kernels are those of a card. Autocast is the CPU's, which agrees with a card's on all that
+    the network calls within it; in the autoencoder it leaves norms in 16 bits that a card computes in FP32.
+    """
+    border = Border(capability, strict=False)
+    with (
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", border.attention),
+        mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
+        fake_tensors(on_gradient),
+        border,
+    ):
+        yield
+
+
 class _NoDriver(FakeTensorMode):
     avoid_device_init = True  # keeps away from the driver, whatever torch.cuda.is_available was made to say
 
@@ -128,7 +145,7 @@ class Border(TorchDispatchMode):
         self.uploads = self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is aten._local_scalar_dense.default and args[0].device.type == "cuda":
+        if func is aten._local_scalar_dense.default and (args[0].device.type == "cuda" or not self.strict):
             self._wait("a value was read")
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
         result = func(*args, **(kwargs or {}))
@@ -148,8 +165,8 @@ class Border(TorchDispatchMode):
         """F.scaled_dot_product_attention by the kernel that PyTorch would pick on this card."""
         if attn_mask is not None or dropout_p or is_causal:
             raise NotImplementedError("attention with a mask or dropout")
-        if torch.is_autocast_enabled("cuda"):
-            query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+        if torch.is_autocast_enabled(query.device.type):
+            query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
         name = self._kernel(query)
         self.attentions.append(name)
         return _KERNELS[name](query, key, value)

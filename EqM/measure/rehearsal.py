@@ -16,10 +16,11 @@ import torch
 from EqM import architecture
 from EqM.data import autoencoder as autoencoders
 from EqM.engine import precision
+from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.measure import contenders
 from EqM.measure.counting import Count
-from EqM.measure.fake_cuda import CUDA, fake_cuda, fake_tensors
+from EqM.measure.fake_cuda import CUDA, fake_cuda, fake_tensors, like_cuda
 from EqM.preview import Preview
 
 PARTS = ("weights", "gradients", "moments", "ema", "activations", "autoencoder")
@@ -45,15 +46,23 @@ def rehearsal(args, name, capability=(8, 0)):
 
     Raises UserError as precision.activate.
     """
-    device = torch.device("cpu") if args.device == "cpu" else CUDA
+    on_card = args.device != "cpu"
+    device = CUDA if on_card and torch.backends.cuda.is_built() else torch.device("cpu")
     count = Count(device.type)
 
     def stands(parameter):
         count.mark([parameter.grad], "gradients")
 
-    fakes = fake_tensors(stands) if device.type == "cpu" else fake_cuda(capability, strict=False, on_gradient=stands)
+    if not on_card:
+        fakes = fake_tensors(stands)
+    elif device.type == "cuda":
+        fakes = fake_cuda(capability, strict=False, on_gradient=stands)
+    else:
+        fakes = like_cuda(capability, stands)
     with fakes, count:
-        yield Run(argparse.Namespace(**vars(args)), precision.activate(name, device, tf32=not args.no_tf32), count)
+        stand_in = on_card and device.type == "cpu"
+        run_in = Precision(name, device, "") if stand_in else precision.activate(name, device, tf32=not args.no_tf32)
+        yield Run(argparse.Namespace(**vars(args)), run_in, count)
 
 
 class Run:
