@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from EqM import samplers
+from EqM.guidance import Guided, class_weights
 from EqM.samplers import SAMPLERS, Descent, End
 from EqM.transport import c
 
@@ -384,7 +385,7 @@ def labelled(x, t, y):
 def test_guidance_steers_the_leading_channels_and_leaves_the_rest_to_the_class(channels, guided):
     labels, null, t = torch.tensor([0, 2]), 9, torch.zeros(2)
     x = torch.zeros(2, 5, 4)
-    result = samplers.guided(labelled, labels, 4.0, null, channels)(x, t)
+    result = Guided(labelled, labels, 4.0, null, channels)(x, t)
     with_class, without = labelled(x, t, labels), labelled(x, t, torch.full_like(labels, null))
     expected = with_class.clone()
     expected[:, :guided] = (without + 4.0 * (with_class - without))[:, :guided]
@@ -399,15 +400,15 @@ def test_guidance_calls_the_model_once_a_step():
         return labelled(x, t, y)
 
     x, t, labels = torch.zeros(2, 4, 4), torch.zeros(2), torch.tensor([0, 1])
-    samplers.guided(model, labels, 1.5, 2)(x, t)
-    samplers.guided(model, labels, 1.0, 2)(x, t)
+    Guided(model, labels, 1.5, 2)(x, t)
+    Guided(model, labels, 1.0, 2)(x, t)
     assert sizes == [4, 2]
 
 
 def test_without_guidance_the_field_is_the_class_conditional_one():
     x, t, labels = torch.zeros(2, 4, 4), torch.zeros(2), torch.tensor([0, 1])
     for scale in (1.0, 0.0):
-        assert torch.equal(samplers.guided(labelled, labels, scale, 2)(x, t), labelled(x, t, labels))
+        assert torch.equal(Guided(labelled, labels, scale, 2)(x, t), labelled(x, t, labels))
 
 
 def by_sample(x, t, y):
@@ -426,7 +427,7 @@ def test_a_sum_adds_what_each_class_adds_to_the_null_field(scale, channels):
         gain = torch.full((2, 5, 1), scale)
         gain[:, channels if channels else 5 :] = 1
         expected += gain * weights[:, k].view(2, 1, 1) * (by_sample(x, t, labels[:, k]) - without)
-    result = samplers.guided(by_sample, labels, scale, null, channels, weights)(x, t)
+    result = Guided(by_sample, labels, scale, null, channels, weights)(x, t)
     torch.testing.assert_close(result, expected)
 
 
@@ -436,8 +437,8 @@ def test_a_sum_adds_what_each_class_adds_to_the_null_field(scale, channels):
 def test_one_class_of_weight_one_has_the_bits_of_that_class_whoever_is_its_mate(scale, channels, mate):
     x, t = torch.randn(2, 5, 4), torch.zeros(2)
     labels, weights = torch.tensor([[0, 1], [2, 1]]), torch.tensor([(1.0, 0.0), mate])
-    result = samplers.guided(by_sample, labels, scale, 9, channels, weights)(x, t)
-    expected = samplers.guided(by_sample, torch.tensor([0, 2 if mate[0] else 1]), scale, 9, channels)(x, t)
+    result = Guided(by_sample, labels, scale, 9, channels, weights)(x, t)
+    expected = Guided(by_sample, torch.tensor([0, 2 if mate[0] else 1]), scale, 9, channels)(x, t)
     assert torch.equal(result[0], expected[0])
     if 1.0 in mate:
         assert torch.equal(result, expected)
@@ -454,8 +455,8 @@ def test_classes_of_weight_zero_are_not_evaluated():
 
     x, t = torch.randn(2, 5, 4), torch.zeros(2)
     labels = torch.tensor([[0, 1, 2], [2, 1, 0]])
-    samplers.guided(model, labels, 4.0, 9, 3, torch.tensor([[1.0, 0, 0], [0, 0.5, 0]]))(x, t)
-    samplers.guided(model, labels, 1.0, 9, 3, torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))(x, t)
+    Guided(model, labels, 4.0, 9, 3, torch.tensor([[1.0, 0, 0], [0, 0.5, 0]]))(x, t)
+    Guided(model, labels, 1.0, 9, 3, torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))(x, t)
     assert seen == [[0, 1, 9, 9], [0, 1]]
 
 
@@ -468,7 +469,7 @@ def test_labels_follow_their_samples_when_others_leave_or_enter(weights):
 
     labels = torch.tensor([5, 0, 3, 1, 4, 2])
     asked = labels if weights is None else torch.stack([labels, labels + 1], 1)
-    field = samplers.guided(bowls, asked, 2.0, 0, None, weights)
+    field = Guided(bowls, asked, 2.0, 0, None, weights)
     bottom = 2.0 * (labels if weights is None else labels * 1.5 + 0.5).to(torch.float64)[:, None]
     x = scattered()
     how = Descent(400, 0.1, stop_norm=1e-6)
@@ -489,7 +490,7 @@ def test_a_batch_that_stays_together_asks_with_the_same_labels_object():
 
     x = torch.tensor([[8.0], [4.0]])
     labels = torch.tensor([0, 1])
-    Descent(6, 0.5, stop_norm=1.0).run(samplers.guided(model, labels, 1.0, 2), x)
+    Descent(6, 0.5, stop_norm=1.0).run(Guided(model, labels, 1.0, 2), x)
     assert [y.tolist() for y in seen] == [[0, 1]] * 3 + [[0]]
     assert all(y is seen[0] for y in seen[:3])
 
@@ -515,7 +516,7 @@ NAMES = ["panda", "valley", "a+b", "c*2", "x y"]
     ],
 )
 def test_sums_of_classes_are_read(text, expected):
-    assert samplers.class_weights(text, NAMES) == expected
+    assert class_weights(text, NAMES) == expected
 
 
 @pytest.mark.parametrize(
@@ -535,7 +536,7 @@ def test_sums_of_classes_are_read(text, expected):
 )
 def test_what_is_no_sum_of_classes_is_refused(text, says):
     with pytest.raises(ValueError, match=says):
-        samplers.class_weights(text, NAMES)
+        class_weights(text, NAMES)
 
 
 def test_progress_sees_every_update():

@@ -242,6 +242,11 @@ def _entries(folder):
     return sorted(folders), sorted(links), sorted(files), hidden
 
 
+def visible(folder):
+    """Sorted names of the files that a folder shows. Raises UserError if it cannot be read."""
+    return _entries(folder)[2]
+
+
 def _is_dir(entry):
     try:
         return entry.is_dir()
