@@ -23,7 +23,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from EqM import architecture, cli
+from EqM import architecture, cli, trace
 from EqM.data import evaluations, media
 from EqM.data.starts import Starts
 from EqM.engine import acceleration, precision
@@ -68,6 +68,8 @@ def parse_args():
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="add what is missing to a folder of the same samples; --no-resume refuses any folder that has some",
     )  # fmt: skip
+    group.add_argument("--trace", action="store_true", help="trace*.png: a few samples along the descent, norm by step")
+    group.add_argument("--trace-gif", action="store_true", help="trace.gif: a few samples as they descend")
     acceleration.add_compile(group)
     parser.checks.append(check_start)
     return parser.parse_args()
@@ -224,6 +226,11 @@ def main():
 
     if ranks.is_main:
         finish(args, folder, files, [pipe.composition.written(label) for label in labels], start)
+        if args.trace or args.trace_gif:
+            first = range(min(trace.SHOWN, len(files)))
+            given = {"start": start, "start_noise": args.start_noise}
+            seen = trace.follow(pipe, labels[: len(first)], first, args.global_seed, **given, **how)
+            seen.save(folder, args.trace, args.trace_gif)
     distributed.cleanup()
 
 

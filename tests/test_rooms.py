@@ -16,7 +16,7 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.engine": 1, "EqM.data": 1,
     "EqM.architecture": 2, "EqM.composition": 2,
     "EqM.pipeline": 3,
-    "EqM.cli": 4, "EqM.preview": 4,
+    "EqM.cli": 4, "EqM.preview": 4, "EqM.trace": 4,
     "EqM.train": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5,
     "EqM.measure": 6,
 }  # fmt: skip

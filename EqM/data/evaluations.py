@@ -29,7 +29,8 @@ class Evaluations:
 def known(folder):
     """{name of a sample's file: its count} of all ranks of this run and those before it."""
     counts = {}
-    for path in (folder / "labels.csv", *sorted(folder.glob("evaluations*.csv"))):
+    oldest_first = folder / "labels.csv", folder / "evaluations.csv", *sorted(folder.glob("evaluations.*.csv"))
+    for path in oldest_first:
         if path.exists():
             with open(path, newline="", encoding="utf-8") as file:
                 first = ["file", "evaluations"] if path.name != "labels.csv" else None
