@@ -78,7 +78,7 @@ BAD = {
         "--stepsize": "0 -1 nan inf x",
         "--cfg-scale": "-1 nan inf x",
         "--mu": "-0.1 1.1 nan x",
-        "--sampler": "sgd langevin",
+        "--sampler": "sgd sde",
         "--clip-format": "avi",
         "--classes": "emu 3 -1",
         "--ckpt": "/nowhere.pt /dev/null",

@@ -91,6 +91,17 @@ def decode_clip(source, num_frames, frame_interval=None, seed=()):
     raise ValueError("it decodes to another number of frames each time")
 
 
+def first_frame(path):
+    """The first frame of a clip, a PIL image, upright and with square pixels. Raises as decode_clip does."""
+    with _open(path) as container:
+        number = _survey(container)[0].index
+    with _open(path) as container:
+        stream = container.streams[number]
+        for frame in container.decode(stream):
+            return _shown(frame, stream)
+    raise ValueError("no frame decodes")
+
+
 def _open(source):
     """The container of a local file or of its bytes, never of what a playlist in it points to."""
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}

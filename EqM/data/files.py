@@ -323,6 +323,11 @@ def entries(folder):
     return sorted(folders), sorted(links), sorted(files), hidden
 
 
+def visible(folder):
+    """Sorted names of the files that a folder shows. Raises UserError if it cannot be read."""
+    return entries(folder)[2]
+
+
 def _is_dir(entry):
     try:
         return entry.is_dir()
