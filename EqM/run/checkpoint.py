@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from EqM.run import spellings
+from EqM.run import exported, spellings
 from EqM.run.errors import UserError, reason
 from EqM.run.spellings import Unfit, brief
 
@@ -80,8 +80,9 @@ def load(path, flag="--ckpt"):
     would run code, is cut short, or is something else, or whose parts are not of the kind a resume needs.
     flag: which named the file, for the message.
     """
+    path = exported.locate(path)
     try:
-        return _checked(_read(path))
+        return _checked(exported.read(path) if exported.is_export(path) else _read(path))
     except Unfit as unfit:
         raise UserError(f"{flag} {path} {unfit}") from None
 
