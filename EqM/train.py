@@ -23,11 +23,11 @@ from EqM import architecture, cli
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
 from EqM.data.files import open_files
-from EqM.engine import acceleration, precision
+from EqM.engine import acceleration, parallel, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
 from EqM.preview import Preview
-from EqM.run import checkpoint, distributed, resume, saving, seeds
+from EqM.run import checkpoint, distributed, parts, resume, saving, seeds
 from EqM.run.errors import UserError, is_out_of_memory
 from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
 from EqM.transport import LOSS_WEIGHTS
@@ -58,6 +58,7 @@ def parse_args(argv=None):
     group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
     group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
     acceleration.add_flags(group)
+    parallel.add_flags(group)
     group = parser.add_argument_group("run")
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
     group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
@@ -79,6 +80,8 @@ def parse_args(argv=None):
         parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    if args.shard and args.ebm != "none":
+        parser.error("--shard cannot split an energy model, whose field is differentiated twice; drop one")
     architecture.check_geometry(args)
     return args
 
@@ -109,61 +112,88 @@ class Saver:
         self.dataset = dataset
         self.data = data
         self.log = log
-        self.copy = saving.HostCopy()
+        self.sharded = parallel.splits(args, ranks)
+        self.group = distributed.new_group(ranks) if self.sharded and args.split_checkpoints else None
+        self.keeps = ranks.is_main or self.group is not None  # what this rank copies, it has memory for
+        self.folder = distributed.on_main(ranks, lambda: log.folder) / "checkpoints"
+        self.copy = saving.HostCopy(ranks.is_main, parts=self.group is not None)
         self.thread = saving.Background()
-        self.check = self.thread.check
+        self.reserved = False
+
+    def check(self):
+        if self.keeps and not self.reserved:  # after the first step, which made the moments
+            tensors = self.trainer.parts().items()
+            state = {
+                name: part.state_dict() for name, part in tensors if name != "scaler"
+            }  # which waits for the device
+            self.thread.start(self.copy.reserve, state)
+            self.reserved = True
+        self.thread.check()
 
     def __call__(self, step, wait=False):
         self.thread.wait()  # for the save before this one, whose memory the copy takes
         trainer = self.trainer
         trainer.guard.check(step, trainer.scaler.get_scale())
         meter_state = self.meter.state_dict()
-        if not self.ranks.is_main:
-            return
-        state = {
-            **{name: part.state_dict() for name, part in trainer.parts().items()},
-            "args": resume.absolute(vars(self.args)),
-            "step": step,
-            "epoch": step * self.args.global_batch_size // len(self.dataset),
-            "meter": meter_state,
-            "rng": {"global_seed": self.args.global_seed, "step": step},  # all there is: see seeds.py
-            "class_names": self.dataset.class_names,
-            "data": self.data,
-            **identity(trainer.run_in, self.ranks),
-        }
-        path = self.log.folder / "checkpoints" / f"{step:07d}.pt"
-        write = partial(write_checkpoint, path, self.args.keep_checkpoints, self.log)
+        if self.keeps or self.sharded:
+            self._save(step, {
+                **{name: part.state_dict() for name, part in trainer.parts().items()},
+                "args": resume.absolute(vars(self.args)),
+                "step": step,
+                "epoch": step * self.args.global_batch_size // len(self.dataset),
+                "meter": meter_state,
+                "rng": {"global_seed": self.args.global_seed, "step": step},  # all there is: see seeds.py
+                "class_names": self.dataset.class_names,
+                "data": self.data,
+                **identity(trainer.run_in, self.ranks),
+            })  # fmt: skip
+        if wait:
+            self.thread.wait()
+
+    def _save(self, step, state):
+        save = checkpoint.save
+        if self.group is not None:
+            save = partial(parts.save, is_main=self.ranks.is_main, group=self.group)
+        write = partial(write_checkpoint, save, self.folder / f"{step:07d}.pt", self.args.keep_checkpoints, self.log)
         try:
             copied = self.copy.take(state)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if self.sharded or not is_out_of_memory(error):
                 raise
             self.copy = saving.HostCopy()
             self.log.info("There is no memory for a copy of the state: training waits until it is written")
             write(state, lambda: None)
         else:
-            self.thread.start(write, copied, distributed.fence(self.ranks.device))
-        if wait:
-            self.thread.wait()
+            if self.keeps:
+                self.thread.start(write, copied, distributed.fence(self.ranks.device))
 
 
-def write_checkpoint(path, keep, log, state, arrived):
-    """Write a checkpoint and what goes with it. keep: how many to keep, None for all. arrived: waits for the state."""
+def write_checkpoint(save, path, keep, log, state, arrived):
+    """Write a checkpoint and what goes with it, for which each rank that keeps some of it must call.
+
+    save: called with path and state. keep: how many to keep, None for all. arrived: waits for the state.
+    """
     arrived()
-    checkpoint.save(path, state)
+    save(path, state)
+    if log.folder is None:
+        return
     if keep:
         checkpoint.prune(path.parent, keep)
     log.info(f"Saved checkpoint {path.name}")
     log.draw()
 
 
-def find_checkpoint(args, ranks, data):
-    """The resume.Choice of all ranks, which the main one makes, and what that checkpoint holds, or None."""
+def find_checkpoint(args, ranks, data, like):
+    """The resume.Choice of all ranks, which the main one makes, and what that checkpoint holds, or None.
+
+    like: a parameter, as checkpoint.load takes it.
+    """
     choice = resume.Choice(args.ckpt)
     if args.ckpt == "latest" or (args.auto_resume and not args.ckpt):
         required = args.ckpt == "latest"
         choice = distributed.on_main(ranks, lambda: resume.choose(args.results_dir, vars(args), data, required))
-    saved = resume.load_on_all(choice.path, checkpoint.load, distributed.all_agree) if choice.path else None
+    load = partial(checkpoint.load, like=like)
+    saved = resume.load_on_all(choice.path, load, distributed.all_agree) if choice.path else None
     return choice, saved
 
 
@@ -173,7 +203,7 @@ def open_run(args, ranks, trainer, meter, dataset):
     Returns (log, step to go on from, what a checkpoint says of the data).
     """
     data = distributed.on_main(ranks, dataset.digest)
-    choice, saved = find_checkpoint(args, ranks, data)
+    choice, saved = find_checkpoint(args, ranks, data, next(trainer.model.parameters()))
     first_step = 0
     in_found_run = saved is not None and choice.path != args.ckpt  # its folder was found, not named
     if saved:
@@ -224,18 +254,19 @@ def main():
     run_in = precision.activate_flags(args, ranks.device)
     dataset = open_dataset(args)
     loader.micro_batch_size(args, ranks)
+    parallel.check_flags(args, ranks, dataset.notes.append)
     total_steps = resume.total_steps(vars(args), len(dataset))
 
     needs_autoencoder = not args.latents or (args.sample_every and ranks.is_main)
     autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
-    model = architecture.build_model(args).to(ranks.device)
+    model = architecture.build_model(args).to("cpu" if parallel.splits(args, ranks) else ranks.device)
     trainer = Trainer(args, model, run_in, total_steps, ranks, dataset.notes.append)
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
     save = Saver(args, ranks, trainer, meter, dataset, data, log)
     preview = None
-    if args.sample_every and ranks.is_main:
+    if args.sample_every and (ranks.is_main or parallel.splits(args, ranks)):  # parts of the EMA are on every rank
         preview = Preview(log.folder, args, trainer, autoencoder, dataset.class_names)
 
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)

@@ -17,7 +17,7 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.architecture": 2,
     "EqM.pipeline": 3,
     "EqM.cli": 4, "EqM.preview": 4,
-    "EqM.train": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5,
+    "EqM.train": 5, "EqM.gather": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5,
     "EqM.measure": 6,
 }  # fmt: skip
 COMMANDS = ("train", "sample_gd", "extract_latents")

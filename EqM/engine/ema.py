@@ -11,6 +11,10 @@ class EMA:
     def __init__(self, model, decay=0.9999):
         self.model = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self.follow(model)
+
+    def follow(self, model):
+        """Take up the parameters of both networks, which are other objects once the networks have been sharded."""
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._ours = [p for name, p in self.model.named_parameters() if name in trained]
         self._theirs = [p for name, p in model.named_parameters() if name in trained]

@@ -5,6 +5,8 @@ import math
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from EqM.run.shards import whole
+
 SCHEDULES = ("constant", "cosine")
 
 
@@ -17,9 +19,9 @@ def adamw(model, lr):
 
 
 def clip_gradients(model, max_norm=None):
-    """Scale gradients down to max_norm if given. Returns their norm before that, a 0-dim tensor."""
+    """Scale gradients down to max_norm if given. Returns their norm before that, over all ranks' parts, 0-dim."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters])
+    norm = whole(get_total_norm([p.grad for p in parameters]))
     if max_norm is not None:
         clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

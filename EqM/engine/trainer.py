@@ -27,7 +27,8 @@ class Trainer:
         self.total_steps = total_steps
         self.model = model
         self.ema = EMA(model, args.ema_decay)  # a copy of the network before anything is done to it
-        self.network = prepare.for_training(model, run_in, args, ranks, tell)
+        self.network = prepare.for_training(model, run_in, args, ranks, tell, averages=[self.ema.model])
+        self.ema.follow(model)
         self.optimizer = optim.adamw(model, args.lr)
         self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
         self.scaler = run_in.grad_scaler()

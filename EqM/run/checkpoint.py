@@ -7,16 +7,17 @@ it is used, since a file from elsewhere may hold anything.
 
 import argparse
 import math
-import os
 import pickle
 import re
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from EqM.run import parts, saving
 from EqM.run.errors import UserError, reason
+from EqM.run.saving import save as save  # the other half of load
+from EqM.run.shards import is_shard, mine, part_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHOWN = 3  # how many differing keys a message names
@@ -26,51 +27,7 @@ EMA_KEYS = ("ema", "ema_model", "model_ema", "ema_state_dict")
 MODEL_PARTS, EMA_PARTS = ("model", "net", "network"), EMA_KEYS  # of one state dict that holds several networks
 
 
-def save(path, state):
-    """Write a checkpoint so that a kill at any moment leaves either the old file or the whole new one."""
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    writer = None
-    try:
-        with open(partial, "wb") as file:
-            writer = _Writer(file)
-            torch.save(state, writer)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the rename itself
-            finally:
-                os.close(folder)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        cause = (writer and writer.error) or error
-        told = getattr(cause, "strerror", None) or reason(cause)
-        raise UserError(f"checkpoint {path} cannot be written ({told}); earlier ones are untouched") from None
-
-
-class _Writer:
-    """A file for torch.save that keeps what went wrong, of which PyTorch tells only where in its code it was."""
-
-    def __init__(self, file):
-        self.file = file
-        self.error = None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.file.flush()
-
-
-def load(path):
+def load(path, fill=True, like=None):
     """Read a checkpoint, of ours or published, or a bare state dict, onto the CPU.
 
     Returns a dict with at least `model`, `ema` and `args` (a plain dict, empty for a bare state dict). Where only one
@@ -78,8 +35,11 @@ def load(path):
     and Lightning's layout are undone where that is unambiguous.
     Only tensors, plain containers and argparse.Namespace are accepted; raises UserError for a file that
     would run code, is cut short, or is something else, or whose parts are not of the kind a resume needs.
+
+    Of a checkpoint in parts (see parts.py), fill=False leaves out the values of tensors. like: a tensor of which every
+    rank holds a part; each then reads its parts alone.
     """
-    content = _read(path)
+    content = read(path, fill, like)
     if not isinstance(content, dict) or not content:
         raise UserError(f"--ckpt {path} holds no state dict")
     if all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -95,6 +55,14 @@ def load(path):
         raise UserError(f"--ckpt {path} is damaged or foreign: its args are {_brief(args)}, not names with values")
     there = {key: value for key, value in content.items() if value is not None}
     return {**there, **weights, "args": dict(args or {})}
+
+
+def read(path, fill=True, like=None):
+    """What was saved, of files and of checkpoints in parts, without a look at it; else as load."""
+    if not parts.is_in_parts(path):
+        return _read(path)
+    head = _read(Path(path) / parts.HEAD)
+    return parts.fill(head, path, like) if fill else head
 
 
 def _read(path):
@@ -299,10 +267,10 @@ def load_weights(model, state, path, trained_with):
         source = f" It was trained with {', '.join(f'{k} {v}' for k, v in told.items())}." if told else ""
         raise UserError(f"--ckpt {path} does not fit this model: {shown}{more}.{source}")
     for key, value in state.items():
-        fault = _fault(value)
+        fault = _fault(mine(value))
         if fault:
             raise UserError(f"--ckpt {path} cannot be used: {key} {fault}; take an earlier checkpoint")
-    model.load_state_dict(state)
+    model.load_state_dict({key: part_of(value, ours[key]) for key, value in state.items()})
 
 
 def _fault(value):
@@ -338,7 +306,7 @@ def found(results_dir, refused=None):
     for run in sorted(runs, key=lambda run: (int(run.name.split("-")[0]), run.name), reverse=True):
         for path in reversed(_in_order(run / "checkpoints")):
             try:
-                content = load(path)
+                content = load(path, fill=False)
             except UserError as error:
                 if refused is not None:
                     refused.append(str(error))
@@ -355,7 +323,11 @@ def _in_order(folder):
 
 
 def newest_of(folder):
-    """Path of the newest checkpoint in a run folder, or in its folder of checkpoints. Raises UserError if none is."""
+    """Path of the newest checkpoint in a run folder, or in its folder of checkpoints, or of the one in parts that the
+    folder is. Raises UserError if none is.
+    """
+    if parts.is_in_parts(folder):
+        return Path(folder)
     of_run = _in_order(Path(folder) / "checkpoints") or _in_order(folder)
     if not of_run:
         raise UserError(f"{folder} holds no checkpoint; give a run folder or a file")
@@ -365,7 +337,9 @@ def newest_of(folder):
 def prune(folder, keep):
     """Remove all but the newest `keep` checkpoints of a run."""
     for path in _in_order(folder)[:-keep]:
-        path.unlink(missing_ok=True)
+        if path.is_dir():  # a kill in mid-removal must leave no checkpoint without its middle
+            path = path.rename(path.with_suffix(".aside"))
+        saving.remove(path)
 
 
 def load_optimizer(optimizer, state):
@@ -408,17 +382,18 @@ def _moments_of(number, parameter, state):
         raise UserError(f"the step {of} is {step.item():g}")
     for name in MOMENTS:
         value = state[name]
-        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not _is_real(value):
+        held = mine(value)
+        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not _is_real(held):
             there = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else _brief(value)
             raise UserError(f"{name} {of} is {there}, not {tuple(parameter.shape)} torch.float32")
-        fault = _fault(value)
-        if fault or (name == "exp_avg_sq" and value.numel() and value.min() < 0):
+        fault = _fault(held)
+        if fault or (name == "exp_avg_sq" and held.numel() and held.min() < 0):
             raise UserError(f"{name} {of} {fault or 'holds negative values'}; take an earlier checkpoint")
     # A fused kernel goes through memory, not through indices: a moment must lie there as its parameter does.
     laid_out = {
         name: state[name]
-        if state[name].stride() == parameter.stride()
-        else torch.empty_like(parameter, device="cpu", requires_grad=False).copy_(state[name])
+        if is_shard(state[name]) or state[name].stride() == parameter.stride()
+        else torch.empty_strided(parameter.shape, parameter.stride()).copy_(state[name])
         for name in MOMENTS
     }
-    return {"step": step.reshape(()).float(), **laid_out}
+    return {"step": step.reshape(()).float(), **{name: part_of(v, parameter) for name, v in laid_out.items()}}

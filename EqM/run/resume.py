@@ -29,7 +29,7 @@ IDENTITY = (
 # What changes the numbers of a run that goes on. With --grad-checkpointing or --num-workers they are the same.
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "max_grad_norm",
-    "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
+    "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile", "shard", "shard_size",
 )  # fmt: skip
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
