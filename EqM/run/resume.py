@@ -33,7 +33,7 @@ STARTS = ("init_from", "init_positions", "weights")  # of IDENTITY, what a run t
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "ema_warmup",
     "ema_std", "max_grad_norm", "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
-    "optimizer", "betas", "weight_decay", "min_lr",
+    "optimizer", "betas", "weight_decay", "min_lr", "shard", "shard_size",
 )  # fmt: skip
 # Of flags that checkpoints of before do not say, what was done then. Other flags that one side does not say agree.
 BEFORE = {
