@@ -103,8 +103,9 @@ def parse_args(argv=None):
         parser.error("give either --data-path, to encode as you train, or --latents")
     if args.latents and (args.csv or args.frame_interval or args.image_column or args.label_column):
         parser.error("--csv, --frame-interval and columns were settled when --latents was made; leave them out")
-    if args.grad_checkpointing and args.ebm != "none":
-        parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    for flag, asked in (("--grad-checkpointing", args.grad_checkpointing), ("--recompute", args.recompute)):
+        if asked and asked != "nothing" and args.ebm != "none":
+            parser.error(f"{flag} cannot recompute an energy's field, which is differentiated twice; drop one")
     if args.min_lr and (args.lr_schedule != "cosine" or args.min_lr > args.lr):
         parser.error(f"--min-lr {args.min_lr:g} is where --lr-schedule cosine ends, below --lr {args.lr:g}")
     cli.check_c(parser, args)

@@ -22,10 +22,7 @@ from EqM.run.shards import is_shard, mine, part_of
 from EqM.run.spellings import Unfit, brief
 
 BEST = "best.json"  # of a run folder: which checkpoint has the lowest figure, by --keep-best
-ADAMW, MUON = (
-    ("step", "exp_avg", "exp_avg_sq"),
-    ("momentum_buffer",),
-)  # the state that an optimizer keeps of a parameter
+ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # what each keeps of a parameter
 SHOWN = 3  # how many differing keys a message names
 
 
@@ -367,7 +364,10 @@ def load_optimizer(optimizer, state):
     ours = optimizer.state_dict()
     counts = [len(group["params"]) for group in ours["param_groups"]]
     if counts != [len(group["params"]) for group in groups]:
-        raise UserError("the checkpoint's optimizer was made for other parameters; start from its weights alone")
+        raise UserError(
+            "the checkpoint's optimizer was made for other parameters, or is of another --optimizer; give that one, or "
+            "start from its weights alone"
+        )
     theirs = [index for group in groups for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = [key for key in moments if key not in theirs]
@@ -387,9 +387,8 @@ def _moments_of(number, parameter, state, kind):
     of = f"of parameter {number} in the checkpoint's optimizer"
     if not isinstance(state, dict) or state.keys() != set(kind):
         keys = ", ".join(map(str, state)) if isinstance(state, dict) else brief(state)
-        raise UserError(
-            f"the state {of} is {keys[:80]}, not {', '.join(kind)}: --optimizer is another, or it is damaged"
-        )
+        whose = "Muon" if kind is MUON else "AdamW"
+        raise UserError(f"the state {of} is {keys[:80]}, not {whose}'s {', '.join(kind)}")
     moments = [name for name in kind if name != "step"]
     clean = {"step": _step_of(of, state["step"])} if "step" in kind else {}
     for name in moments:
