@@ -248,6 +248,8 @@ def test_a_name_on_the_hub_is_asked_for_by_name_and_split(parquet, monkeypatch):
     for text in ("hf:user/set", "hf:user/set:validation", "hf:set:train[:10%]"):
         there = tables.open_data(settings(text), flip=True)
         assert there.digest() == here.digest() and text.split(":")[1] in there.path(2)
+        known = latent_cache.files_of(there, text)
+        assert known["name"][2] == b"train[2] 2.png" and len(set(known["time"])) == 1 and known["time"][0] > 0
     assert asked == [("user/set", "train"), ("user/set", "validation"), ("set", "train[:10%]")]
 
 
