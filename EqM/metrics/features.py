@@ -134,7 +134,7 @@ class Inception:
 
     def __init__(self, path, device):
         self.digest = digest_of(path)
-        self.batch = IMAGES.get(device.type, OTHERWISE)
+        self.batch = images_at_once(device)
         self.device = device
         with torch.random.fork_rng(devices=[]):
             self._network = _built(path).to(device)
@@ -154,6 +154,11 @@ class Inception:
                 pooled.append(self._network(part)[0][:real])
                 spatial.append(self._spatial[:real])
         return torch.cat(pooled), torch.cat(spatial)
+
+
+def images_at_once(device):
+    """Size of the batches that go through Inception on a device."""
+    return IMAGES.get(device.type, OTHERWISE)
 
 
 def _built(path):

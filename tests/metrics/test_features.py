@@ -101,6 +101,16 @@ def test_the_cache_is_looked_in_and_checked(tmp_path, monkeypatch, inception_fil
     assert features.load(ALONE, tell=told.append).told()["published"] and not told
 
 
+def test_what_is_not_in_the_cache_is_fetched_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "there").write_bytes(b"weights")
+    monkeypatch.setattr(features, "URL", (tmp_path / "there").as_uri())
+    with pytest.raises(UserError, match="cannot be fetched .*hash"):
+        features.locate()
+    monkeypatch.setattr(features, "DIGEST", features.digest_of(tmp_path / "there"))
+    assert features.locate().read_bytes() == b"weights"
+
+
 def test_no_file_and_no_network_is_one_line_that_says_where_it_belongs(tmp_path, monkeypatch):
     def refuse(*args, **more):
         raise OSError("Name or service not known")
