@@ -17,16 +17,16 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
+	$(PY) datasets/make_demo_set.py --seed 1 --clips-per-class 8 --out $(DEMO)/held-out
 	$(PY) EqM/extract_latents.py --data-path datasets/demo --vae datasets/demo-vae --image-size 32 --no-flip \
 	    --video --clip-len 4 --use-bf16 --num-workers 1 --out $(DEMO)/latents
-	$(PY) EqM/train.py --latents $(DEMO)/latents --vae datasets/demo-vae --image-size 32 --no-flip \
-	    --model EqM-T/2 --patch-frames 4 --video --clip-len 4 --use-bf16 --global-batch-size 16 \
-	    --max-steps 4000 --epochs 1000 --lr 2e-3 --warmup-steps 100 --lr-schedule cosine --ema-decay 0.995 \
-	    --max-grad-norm 1 --num-workers 0 --results-dir $(DEMO)
+	$(PY) EqM/train.py --config configs/demo.toml --latents $(DEMO)/latents --val-path $(DEMO)/held-out \
+	    --results-dir $(DEMO)
 	$(PY) EqM/sample_gd.py --ckpt $(DEMO)/000-EqM-T-2-Linear-velocity-None/checkpoints/0004000.pt --use-bf16 \
 	    --num-sampling-steps 50 --stepsize 0.008 --cfg-scale 2 --cfg-channels 4 --num-fid-samples 64 \
 	    --global-batch-size 64 --classes 0 1 2 3 4 5 6 7 --folder $(DEMO)/samples
 	$(PY) datasets/score_demo.py $(DEMO)/samples --vae datasets/demo-vae
+	@grep -ho "(step=.*) Val Loss: [0-9.]*" $(DEMO)/000-*/log.txt | tail -1
 	@echo "The picture: $(DEMO)/samples/grid.png"
 	@command -v xdg-open >/dev/null && [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && xdg-open $(DEMO)/samples/grid.png || true
 

@@ -1,6 +1,6 @@
 """Which network a set of flags or a checkpoint describes, and building it."""
 
-from EqM.data import autoencoder
+from EqM.data.geometry import geometry
 from EqM.models import EBM_KINDS, EqM, EqM_models
 from EqM.run import checkpoint
 from EqM.run.errors import UserError
@@ -67,20 +67,20 @@ def check_geometry(args):
 
     Returns (latent channels, model input size): an int, or (T, h, w) for clips.
     """
-    channels, factor = autoencoder.geometry(args.vae)
+    latents = geometry(args.vae)
     patch = int(args.model.split("/")[1])
-    if args.image_size % (factor * patch):
+    if args.image_size % (latents.space * patch):
         raise UserError(
-            f"--image-size {args.image_size} must be a multiple of {factor * patch}: "
-            f"the autoencoder divides it by {factor}, {args.model}'s patches by {patch}"
+            f"--image-size {args.image_size} must be a multiple of {latents.space * patch}: "
+            f"the autoencoder divides it by {latents.space}, {args.model}'s patches by {patch}"
         )
-    side = args.image_size // factor
-    if not args.video:
+    channels, *frames, side, _ = latents.shape(args)
+    if not frames:
         return channels, side
     patch_frames = args.patch_frames or patch
-    if args.clip_len % patch_frames:
-        raise UserError(
-            f"--clip-len {args.clip_len} must be a multiple of the patch's {patch_frames} frames "
-            f"(--patch-frames sets another)"
-        )
-    return channels, (args.clip_len, side, side)
+    if frames[0] % patch_frames:
+        what = f"--clip-len {args.clip_len}"
+        if latents.time > 1:
+            what = f"the {frames[0]} latent frames of {what}"
+        raise UserError(f"{what} must be a multiple of the patch's {patch_frames} frames (--patch-frames sets another)")
+    return channels, (frames[0], side, side)

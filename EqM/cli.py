@@ -8,12 +8,13 @@ import sys
 
 from tqdm import tqdm
 
+from EqM import transport
 from EqM.architecture import MODEL_DEFAULTS
 from EqM.models import EBM_KINDS, EqM_models
 from EqM.run import distributed, stops
 from EqM.run.errors import UserError, is_mendable, is_out_of_memory, print_anything, reason
-from EqM.samplers import SAMPLERS
-from EqM.transport import PATHS, PREDICTIONS
+from EqM.samplers import SAMPLERS, STEPSIZES, Descent
+from EqM.transport import C_DEFAULTS, C_SCHEDULES, PATHS, PREDICTIONS
 
 LEFT_OUT = " (left out: as in the checkpoint)"
 
@@ -21,7 +22,8 @@ LEFT_OUT = " (left out: as in the checkpoint)"
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, printed once however many ranks there are.
 
-    parsed: what the process's command was given, for messages from where nobody has it at hand.
+    parsed: what the process's command was given, for messages from where nobody has it at hand. checks: called with
+    this parser and the arguments that it parsed, which they may settle, or call an error.
     """
 
     parsed = None
@@ -30,9 +32,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+        self.checks = []
 
     def parse_args(self, *given):
         Parser.parsed = super().parse_args(*given)
+        for check in self.checks:
+            check(self, Parser.parsed)
         return Parser.parsed
 
     def error(self, message):
@@ -48,9 +53,9 @@ def complain(line, every_rank=True):
 def run(main):
     """Run a command's main and exit with its status.
 
-    One line on stderr each: what a user can mend, a UserError, a full disk or memory that ran out, exits with 2; a
-    rank that stops because another one did with 1; a signal that nobody but this function heard with 128 + its
-    number. Everything else is a bug and keeps its traceback.
+    One line on stderr each, once for all ranks that say the same: what a user can mend, a UserError, a full disk or
+    memory that ran out, exits with 2; a rank that stops because another one did with 1; a signal that nobody but this
+    function heard with 128 + its number. Everything else is a bug and keeps its traceback.
     """
     Parser.parsed = None
     print_anything()
@@ -89,7 +94,8 @@ def _status_of(main):
             line, status = f"the ranks cannot talk to each other: {cause}", 2
         else:
             raise
-    complain(f"{_told('error')}: {line}")
+    if distributed.is_first_to_say(line):
+        complain(f"{_told('error')}: {line}")
     return status
 
 
@@ -134,6 +140,7 @@ count = number(int, 0)
 positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+below_one = number(float, 0, math.nextafter(1, 0))
 
 
 def add_model(parser, from_checkpoint=False):
@@ -165,7 +172,9 @@ def add_encoding(parser, from_checkpoint=False):
     default = (lambda name: None) if from_checkpoint else MODEL_DEFAULTS.get
     switch = argparse.BooleanOptionalAction
     group.add_argument("--image-size", type=positive_int, default=default("image_size"), help="side in pixels")
-    group.add_argument("--vae", default=default("vae"), help="ema or mse (Stable Diffusion's), none, or a local folder")
+    group.add_argument(
+        "--vae", default=default("vae"), help="ema or mse (Stable Diffusion's), none, a folder, or user/name on the hub"
+    )
     group.add_argument("--video", action=switch, default=default("video"), help="clips instead of images")
     group.add_argument("--clip-len", type=positive_int, default=default("clip_len"), help="frames of a clip")
 
@@ -174,8 +183,10 @@ def add_data(parser, required):
     """Where the files are and how they are read."""
     group = parser.add_argument_group("data")
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--data-path", required=required, help="folder <class>/<file>, or clips with a CSV")
+    group.add_argument("--data-path", required=required, help="folder <class>/<file>, of clips, of parquet; hf:NAME")
     group.add_argument("--csv", help="labels of a flat folder of clips: video_name,tag")
+    group.add_argument("--image-column", help="of parquet, Arrow and hf: data, of images or clips; left out: found")
+    group.add_argument("--label-column", help="of such data, of classes; left out: found")
     group.add_argument(
         "--frame-interval", type=positive_int, help="random windows of frames this far apart; left out: whole clip"
     )
@@ -199,6 +210,42 @@ def add_transport(parser, from_checkpoint=False):
     )
 
 
+def add_c(parser):
+    """The c(t) that a model is trained on, and that its step size depends on."""
+    group = parser.add_argument_group("c(t), the magnitude of the target")
+    c = C_DEFAULTS.get
+    group.add_argument("--c-schedule", choices=C_SCHEDULES, default=c("c_schedule"), help="how c falls towards data")
+    group.add_argument(
+        "--c-start", type=float, default=c("c_start"), help="t from which truncated and piecewise fall to 0"
+    )
+    group.add_argument(
+        "--c-peak", type=float, default=c("c_peak"), help="piecewise's value at pure noise, a multiple of the scale"
+    )
+    group.add_argument(
+        "--c-scale", type=float, default=c("c_scale"),
+        help="lambda, the gradient multiplier; twice as much wants half the step size when sampling",
+    )  # fmt: skip
+
+
+def check_c(parser, args):
+    """End with one line if what add_c added makes no c(t), or says what has no effect."""
+    settings = {name: getattr(args, name) for name in C_DEFAULTS}
+    try:
+        transport.check_c(*settings.values())
+    except ValueError as error:
+        parser.error(str(error))
+    other = [name for name, value in settings.items() if value != C_DEFAULTS[name]]
+    if other and args.prediction != "velocity":
+        parser.error(f"c(t) is part of the velocity's target; drop {_flag(other[0])} or --prediction {args.prediction}")
+    unused = [name for name in ("c_start", "c_peak") if name in other and name not in C_SCHEDULES[args.c_schedule]]
+    if unused:
+        parser.error(f"{_flag(unused[0])} has no effect on --c-schedule {args.c_schedule}; drop it, or choose another")
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def add_runtime(parser):
     """Device, seed and workers."""
     group = parser.add_argument_group("runtime")
@@ -206,22 +253,102 @@ def add_runtime(parser):
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything random")
 
 
-WITHOUT_NOISE = [name for name in SAMPLERS if name != "langevin"]  # which wants noise and a temperature, from Python
-DESCENT = ("sampler", "num_sampling_steps", "stepsize", "mu", "cfg_scale", "cfg_channels")  # what add_sampler adds
+DESCENT = (  # what add_sampler adds, as EqMPipeline.descend takes it
+    "sampler", "num_sampling_steps", "stepsize", "mu", "beta1", "beta2", "temperature", "anneal", "atol", "rtol",
+    "stop_norm", "cfg_scale", "cfg_channels",
+)  # fmt: skip
+SINCE_0_3 = {  # those that version 0.2 had not, and what its samples were made with
+    "beta1": 0.9, "beta2": 0.999, "temperature": 0.0, "anneal": True, "atol": 1e-5, "rtol": 1e-5, "stop_norm": 0.0,
+}  # fmt: skip
+NO_SDE = (
+    "is not offered: it reads the field as a velocity or score, and EqM's, scaled by c(t), is neither; "
+    "for noise take --sampler langevin --temperature T"
+)
+NO_LIKELIHOOD = (
+    "is not offered: it integrates the field's divergence as if the field were a velocity, and EqM's, scaled by c(t), "
+    "is not; score.py ranks files by energy or by the norm of the field"
+)
+
+
+def sampler_named(text):
+    """An argparse type: one of SAMPLERS."""
+    if text.lower() == "sde":
+        raise argparse.ArgumentTypeError(f"sde {NO_SDE}")
+    if text not in SAMPLERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SAMPLERS)}")
+    return text
+
+
+class Refused(argparse.Action):
+    """A flag of the published code that would be wrong here: const says why."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} {self.const}")
 
 
 def add_sampler(parser):
     """How to descend."""
     group = parser.add_argument_group("sampler")
+    switch = argparse.BooleanOptionalAction
     group.add_argument(
-        "--sampler", choices=WITHOUT_NOISE, default="gd", help="gd and ngd as published; see samplers.py"
+        "--sampler",
+        type=sampler_named,
+        default="gd",
+        metavar="{" + ",".join(SAMPLERS) + "}",
+        help="gd and ngd as published; see updates.py",
     )
-    group.add_argument("--stepsize", type=positive, default=0.0017, help="eta, the step along the field")
     group.add_argument(
-        "--num-sampling-steps", type=number(int, 2), default=250, help="sampling points; one more than updates"
+        "--stepsize",
+        type=positive,
+        help=f"eta, the step along the field; left out: {STEPSIZES['gd']}, adam {STEPSIZES['adam']}",
+    )
+    group.add_argument(
+        "--num-sampling-steps", type=positive_int, default=250, help="sampling points; one more than updates"
     )
     group.add_argument("--mu", type=fraction, default=0.3, help="momentum of ngd and nag")
+    group.add_argument("--beta1", type=fraction, help="adam's decay of the mean")
+    group.add_argument("--beta2", type=fraction, help="adam's decay of the square")
+    group.add_argument("--temperature", type=non_negative, help="langevin's; 0 adds no noise")
+    group.add_argument("--anneal", action=switch, help="let the temperature fall to 0 at the last step")
+    group.add_argument("--atol", type=positive, help="dopri5's absolute tolerance")
+    group.add_argument("--rtol", type=non_negative, help="dopri5's relative tolerance")
+    group.add_argument(
+        "--stop-norm",
+        type=non_negative,
+        help="a sample is done when its field's norm is at most this; 0: never before the end",
+    )
+    group.set_defaults(**SINCE_0_3)
     group.add_argument("--cfg-scale", type=non_negative, default=4.0, help="guidance; 1 is none")
     group.add_argument(
         "--cfg-channels", type=positive_int, default=3, help="how many leading channels are guided, 3 as published"
     )
+    group.add_argument("--likelihood", action=Refused, nargs=0, const=NO_LIKELIHOOD, help=argparse.SUPPRESS)
+    parser.checks.append(_check_sampler)
+
+
+def _check_sampler(parser, args):
+    """Fill in the sampler's own step size. An error if its settings contradict each other."""
+    args.stepsize = args.stepsize or STEPSIZES[args.sampler]
+    settings = {name: getattr(args, name) for name in ("mu", "temperature", "anneal", "atol", "rtol", "stop_norm")}
+    if args.num_sampling_steps == 1 and getattr(args, "start", None) is None:
+        parser.error("argument --num-sampling-steps: 1 is out of range: without --start it must be at least 2")
+    try:
+        Descent(
+            args.num_sampling_steps,
+            args.stepsize,
+            args.sampler,
+            betas=(args.beta1, args.beta2),
+            noise=lambda row, step: None,
+            **settings,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def sampler_words(args):
+    """The command line that says what add_sampler's flags say in args."""
+    words = []
+    for name in DESCENT:
+        flag, value = name.replace("_", "-"), getattr(args, name)
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
+    return words

@@ -13,6 +13,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 if not __package__:  # run by its path: import the package beside this file, whatever else is installed
     sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+if __name__ == "__main__":
+    from EqM.run import stops
+
+    stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
 import argparse
 

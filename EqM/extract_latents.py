@@ -12,6 +12,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 if not __package__:  # run by its path: import the package beside this file, whatever else is installed
     sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+if __name__ == "__main__":
+    from EqM.run import stops
+
+    stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
 import json
 
@@ -21,10 +25,10 @@ from tqdm import tqdm
 from EqM import cli
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
-from EqM.data.files import open_files
+from EqM.data.geometry import geometry
+from EqM.data.tables import open_data
 from EqM.engine import precision
 from EqM.run import distributed
-from EqM.run.errors import UserError
 from EqM.run.log import progress
 
 
@@ -46,17 +50,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    channels, factor = autoencoders.geometry(args.vae)
-    if args.image_size % factor:
-        raise UserError(f"--image-size {args.image_size} must be a multiple of {factor}, by which the VAE divides it")
+    latent = geometry(args.vae).shape(args)
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
-    dataset = open_files(args, flip=False)
-    side = args.image_size // factor
-    frames = (args.clip_len,) if args.video else ()
+    dataset = open_data(args, flip=False)
     meta = {name: getattr(args, name) for name in (*latent_cache.KEY, "flip")}
     meta |= {"class_names": dataset.class_names, "precision": precision.of_vae(args, run_in).name}
-    shape = (1 + args.flip, 2, channels, *frames, side, side)
+    shape = (1 + args.flip, 2, *latent)
     layout, left, changed = distributed.on_main(
         ranks, lambda: latent_cache.create(args.out, meta, latent_cache.files_of(dataset, args.data_path), shape)
     )

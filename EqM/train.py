@@ -13,23 +13,28 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 if not __package__:  # run by its path: import the package beside this file, whatever else is installed
     sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+if __name__ == "__main__":
+    from EqM.run import stops
+
+    stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
 import argparse
+from functools import partial
 
 import torch
 
-from EqM import architecture, cli
+from EqM import architecture, cli, recipe, transplant
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
-from EqM.data.files import open_files
-from EqM.engine import acceleration, precision
+from EqM.data.tables import open_data
+from EqM.engine import acceleration, ema, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
-from EqM.preview import Preview
-from EqM.run import checkpoint, distributed, resume, seeds
-from EqM.run.errors import UserError
+from EqM.run import checkpoint, distributed, resume, saving, seeds
+from EqM.run.errors import UserError, is_out_of_memory
 from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
 from EqM.transport import LOSS_WEIGHTS
+from EqM.watch import looks as watch
 
 
 def parse_args(argv=None):
@@ -39,6 +44,7 @@ def parse_args(argv=None):
     cli.add_encoding(parser)
     cli.add_data(parser, required=False)
     cli.add_transport(parser)
+    cli.add_c(parser)
     precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("latents")
@@ -50,10 +56,24 @@ def parse_args(argv=None):
     group.add_argument("--global-batch-size", type=cli.positive_int, default=256, help="batch over all ranks")
     group.add_argument("--epochs", type=cli.positive_int, default=80, help="passes over the data")
     group.add_argument("--max-steps", type=cli.positive_int, help="at most this many steps in all")
-    group.add_argument("--lr", type=cli.positive, default=1e-4, help="AdamW's learning rate")
+    group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="adamw", help="muon: for the blocks' matrices")
+    group.add_argument("--lr", type=cli.positive, default=1e-4, help="learning rate; muon's is as large as AdamW's")
+    group.add_argument("--betas", type=cli.below_one, nargs=2, default=[0.9, 0.999], help="of AdamW's two moments")
+    group.add_argument("--weight-decay", type=cli.non_negative, default=0.0, help="of all weights, times --lr")
     group.add_argument("--lr-schedule", choices=optim.SCHEDULES, default="constant", help="after the warm-up")
+    group.add_argument("--min-lr", type=cli.non_negative, default=0.0, help="where the cosine ends")
     group.add_argument("--warmup-steps", type=cli.count, default=0, help="steps of linear warm-up")
-    group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
+    group.add_argument(
+        "--ema-decay", type=cli.fraction, nargs="+", default=[0.9999],
+        help="of the averaged weights; the first of several is called ema",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema-warmup", action=switch, default=False, help="decay at most (1 + n)/(10 + n) after n steps"
+    )
+    group.add_argument(
+        "--ema-std", type=ema.std_type, nargs="+",
+        help="also power-function averages of these relative widths, to make others of after the run: 0.05 0.1, say",
+    )  # fmt: skip
     group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
     group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
     acceleration.add_flags(group)
@@ -61,30 +81,48 @@ def parse_args(argv=None):
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
     group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
     group.add_argument("--auto-resume", action=switch, default=False, help="--ckpt latest where there is one")
+    group.add_argument("--init-from", help="checkpoint of any model, of which a run that starts takes what fits")
+    group.add_argument("--weights", default="ema", help="of --init-from: ema, model, or an average by its name")
+    group.add_argument(
+        "--init-positions", choices=transplant.POSITIONS,
+        help="of clips from --init-from: an image's for every frame, or new; left out: repeat for those from images",
+    )  # fmt: skip
     group.add_argument(
         "--allow-other-classes", action="store_true", help="go on with data whose class names are not the checkpoint's"
     )
     group.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=cli.positive_int, default=50_000, help="steps between checkpoints")
     group.add_argument("--keep-checkpoints", type=cli.positive_int, help="remove all but this many newest")
-    group.add_argument("--sample-every", type=cli.positive_int, help="steps between contact sheets of EMA samples")
-    group.add_argument("--cfg-scale", type=cli.non_negative, default=4.0, help="guidance of these samples; 1 is none")
     group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
-    args = parser.parse_args(argv)
+    watch.add_flags(parser)
+    recipe.add_flag(parser)
+    args = parser.parse_args(recipe.words(parser, argv))
     if (args.data_path is None) == (args.latents is None):
         parser.error("give either --data-path, to encode as you train, or --latents")
-    if args.latents and (args.csv or args.frame_interval):
-        parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
+    if args.latents and (args.csv or args.frame_interval or args.image_column or args.label_column):
+        parser.error("--csv, --frame-interval and columns were settled when --latents was made; leave them out")
     if args.grad_checkpointing and args.ebm != "none":
         parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    if args.min_lr and (args.lr_schedule != "cosine" or args.min_lr > args.lr):
+        parser.error(f"--min-lr {args.min_lr:g} is where --lr-schedule cosine ends, below --lr {args.lr:g}")
+    cli.check_c(parser, args)
+    watch.check(parser, args)
+    if args.init_positions and not (args.init_from and args.video):
+        parser.error("--init-positions is for --video that starts --init-from other weights")
+    for name in ("ema_decay", "ema_std"):
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            parser.error(f"--{name.replace('_', '-')} has {', '.join(map(str, values))}, one of them twice")
+    if len(args.ema_decay) == 1:
+        (args.ema_decay,) = args.ema_decay
     architecture.check_geometry(args)
     return args
 
 
 def open_dataset(args):
     """What to train on, with files or a latent cache behind it; settles args.num_classes."""
-    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_files(args, args.flip)
+    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_data(args, args.flip)
     args.num_classes = args.num_classes or len(dataset.class_names)
     if args.num_classes < len(dataset.class_names):
         raise UserError(
@@ -94,7 +132,11 @@ def open_dataset(args):
 
 
 class Saver:
-    """Call it with a step: it writes that step's checkpoint, for which every rank must call it."""
+    """Call it with a step: it copies what that step's checkpoint keeps, and a thread writes it while training goes on.
+
+    Every rank must call it. A second save waits for the first. One that failed is raised by the next call, or by
+    check(), which never waits.
+    """
 
     def __init__(self, args, ranks, trainer, meter, dataset, data, log):
         self.args = args
@@ -104,14 +146,26 @@ class Saver:
         self.dataset = dataset
         self.data = data
         self.log = log
+        self.copy = saving.HostCopy()
+        self.thread = saving.Background()
+        self.check = self.thread.check
+        self.last = None  # step
 
-    def __call__(self, step):
-        trainer, log = self.trainer, self.log
+    def __call__(self, step, wait=False):
+        if step != self.last:
+            self._save(step)
+            self.last = step
+        if wait:
+            self.thread.wait()
+
+    def _save(self, step):
+        self.thread.wait()  # for the save before this one, whose memory the copy takes
+        trainer = self.trainer
         trainer.guard.check(step, trainer.scaler.get_scale())
         meter_state = self.meter.state_dict()
         if not self.ranks.is_main:
             return
-        checkpoint.save(log.folder / "checkpoints" / f"{step:07d}.pt", {
+        state = {
             **{name: part.state_dict() for name, part in trainer.parts().items()},
             "args": resume.absolute(vars(self.args)),
             "step": step,
@@ -121,11 +175,30 @@ class Saver:
             "class_names": self.dataset.class_names,
             "data": self.data,
             **identity(trainer.run_in, self.ranks),
-        })  # fmt: skip
-        if self.args.keep_checkpoints:
-            checkpoint.prune(log.folder / "checkpoints", self.args.keep_checkpoints)
-        log.draw()
-        log.info(f"Saved checkpoint {step:07d}.pt")
+        }
+        path = self.log.folder / "checkpoints" / f"{step:07d}.pt"
+        write = partial(write_checkpoint, path, self.args.keep_checkpoints, self.log)
+        try:
+            copied = self.copy.take(state)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.copy = saving.HostCopy()
+            self.log.info("There is no memory for a copy of the state: training waits until it is written")
+            write(state, lambda: None)
+        else:
+            self.thread.start(write, copied, distributed.fence(self.ranks.device))
+
+
+def write_checkpoint(path, keep, log, state, arrived):
+    """Write a checkpoint and what goes with it. keep: how many to keep, None for all. arrived: waits for the state."""
+    arrived()
+    checkpoint.save(path, state)
+    ema.keep_snapshot(path, state)
+    if keep:
+        checkpoint.prune(path.parent, keep)
+    log.info(f"Saved checkpoint {path.name}")
+    log.draw()
 
 
 def find_checkpoint(args, ranks, data):
@@ -145,18 +218,24 @@ def open_run(args, ranks, trainer, meter, dataset):
     """
     data = distributed.on_main(ranks, dataset.digest)
     choice, saved = find_checkpoint(args, ranks, data)
-    first_step = 0
+    first_step, started = 0, []
     in_found_run = saved is not None and choice.path != args.ckpt  # its folder was found, not named
     if saved:
         resume.check_classes(saved, dataset.class_names, args.allow_other_classes)
         first_step = trainer.restore(saved, choice.path)
         if first_step:
             resume.check_goal(first_step, trainer.total_steps, choice.path, in_found_run)
+        if args.init_from:
+            started = ["--init-from has no effect on a run that goes on from a checkpoint"]
+    elif args.init_from:
+        started = start_from(args, trainer, dataset.class_names)
 
     def open_folder():
         check_trackers(args)
-        folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args)
+        folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args, trainer.transport.c_name)
         resume.lock_run(folder)
+        if not in_found_run:
+            recipe.write(folder / "config.toml", resume.absolute(vars(args)))
         return RunLog(folder, args)
 
     log = distributed.on_main(ranks, open_folder, share=False) or RunLog(None, args)
@@ -166,8 +245,8 @@ def open_run(args, ranks, trainer, meter, dataset):
     log.info(f"Precision: {trainer.run_in.reason}; {ranks.world_size} rank(s) on {ranks.device}")
     size = sum(map(torch.numel, trainer.model.parameters()))
     log.info(f"{args.model}: {size:,} parameters; steps {first_step} to {trainer.total_steps}")
-    if choice.message:
-        log.info(choice.message)
+    for line in [choice.message] * bool(choice.message) + started:
+        log.info(line)
     if saved and not first_step:
         log.info(f"Going on from {choice.path}, not exactly as without a stop: weights only, from step 0")
     elif saved:
@@ -177,6 +256,22 @@ def open_run(args, ranks, trainer, meter, dataset):
         if not changed:
             meter.load_state_dict(saved["meter"], ranks.rank)
     return log, first_step, data
+
+
+def start_from(args, trainer, class_names):
+    """Give model and averages the weights of --init-from that fit, on every rank; returns lines that say which."""
+
+    def rebuild():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.global_seed)
+            return architecture.build_model(args).state_dict()
+
+    def fitted(path):
+        return transplant.load(path, trainer.model, rebuild, class_names, args.weights, args.init_positions)
+
+    state, table = resume.load_on_all(args.init_from, fitted, distributed.all_agree)
+    trainer.restore({"model": state, "ema": state, "args": {}}, args.init_from)
+    return table
 
 
 def identity(run_in, ranks):
@@ -194,10 +289,11 @@ def main():
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
     dataset = open_dataset(args)
+    looks = watch.Looks(args, ranks, dataset.class_names)
     loader.micro_batch_size(args, ranks)
     total_steps = resume.total_steps(vars(args), len(dataset))
 
-    needs_autoencoder = not args.latents or (args.sample_every and ranks.is_main)
+    needs_autoencoder = not args.latents or looks.need_autoencoder
     autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
     model = architecture.build_model(args).to(ranks.device)
@@ -205,9 +301,7 @@ def main():
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
     save = Saver(args, ranks, trainer, meter, dataset, data, log)
-    preview = None
-    if args.sample_every and ranks.is_main:
-        preview = Preview(log.folder, args, trainer, autoencoder, dataset.class_names)
+    looks.begin(trainer, autoencoder, log, save)
 
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
@@ -217,6 +311,7 @@ def main():
     for step in steps:
         seeds.seed_step(args.global_seed, step, ranks.rank)
         loss, grad_norm, applied = trainer.step(stream)
+        save.check()
         meter.add("loss", loss, applied)
         meter.add("grad_norm", grad_norm, applied)
         clock.tick()
@@ -233,15 +328,14 @@ def main():
                 "Samples": step * args.global_batch_size,
                 "Peak GiB": peak_memory(ranks.device),
             })  # fmt: skip
-        if preview and step % args.sample_every == 0:
-            preview(step)
+        looks(step)
         if stop.agreed():
             log.info(f"Stopping after step {step}, as the signal asked")
             break
         if step % args.ckpt_every == 0 and step < total_steps:
             save(step)
     if step > first_step:
-        save(step)
+        save(step, wait=True)
     stream.close()
     distributed.barrier()
     stream.bad_files.agree()

@@ -6,13 +6,16 @@ x_t = alpha(t) x1 + sigma(t) x0 runs from noise at t = 0 to data at t = 1.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 PATHS = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "score", "noise")
 LOSS_WEIGHTS = ("None", "velocity", "likelihood")
-C_SCHEDULES = ("constant", "linear", "truncated", "piecewise")
+# The schedules of c, and what shapes each besides its scale.
+C_SCHEDULES = {"constant": (), "linear": (), "truncated": ("c_start",), "piecewise": ("c_start", "c_peak")}
+C_DEFAULTS: dict[str, Any] = {"c_schedule": "truncated", "c_start": 0.8, "c_peak": 1.0, "c_scale": 4.0}
 
 VP_SIGMA_MIN, VP_SIGMA_MAX = 0.1, 20.0
 
@@ -115,6 +118,15 @@ class Transport:
         self.train_eps = default_train if train_eps is None else train_eps
         self.sample_eps = default_sample if sample_eps is None else sample_eps
         self._c = (c_schedule, c_start, c_peak, c_scale)
+
+    @property
+    def c_name(self) -> str:
+        """How a run with this c is told from others: its schedule and what shapes it; empty for the default."""
+        settings: dict[str, Any] = dict(zip(C_DEFAULTS, self._c, strict=True))
+        if settings == C_DEFAULTS:
+            return ""
+        shape = [settings[name] for name in (*C_SCHEDULES[settings["c_schedule"]], "c_scale")]
+        return "-".join(["c", settings["c_schedule"], *(f"{value:g}" for value in shape)])
 
     def c(self, t: torch.Tensor) -> torch.Tensor:
         """Magnitude of this transport's target at t, shaped like t."""

@@ -2,7 +2,7 @@
 
     python datasets/make_demo_set.py            # datasets/demo/<class>/<clip>.mp4
 
-Eight classes, `blue-down` to `red-up`. The frames depend on SEED alone; the bytes of the files depend on the
+Eight classes, `blue-down` to `red-up`. The frames depend on --seed alone; the bytes of the files depend on the
 H.264 encoder that PyAV brings as well. Left and right are classes, so train on this set with --no-flip.
 """
 
@@ -76,6 +76,7 @@ def main():
     parser.add_argument(
         "--clips-per-class", type=cli.positive_int, default=28, help="number of clips of each of the 8 classes"
     )
+    parser.add_argument("--seed", type=cli.count, default=SEED, help="another one gives clips that are not in the set")
     args = parser.parse_args()
 
     size = 0
@@ -87,7 +88,7 @@ def main():
             raise UserError(f"--out {args.out} cannot be written to: {error}") from None
         for index in range(args.clips_per_class):
             path = folder / f"{index:03d}.mp4"
-            write_video(make_clip(name, np.random.default_rng((SEED, label, index))), path)
+            write_video(make_clip(name, np.random.default_rng((args.seed, label, index))), path)
             size += path.stat().st_size
     print(f"{len(CLASSES) * args.clips_per_class} clips in {args.out}, {size / 1000:.0f} kB")
 

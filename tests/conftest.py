@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import tiny_autoencoders
 from helpers import SIGNALS, load_script, write_clip
 
 torch.set_num_threads(1)
@@ -106,6 +107,15 @@ def i3d_file(tmp_path_factory):
         warnings.simplefilter("ignore")
         torch.jit.script(Tiny()).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def autoencoder_folders(tmp_path_factory):
+    """Folder of a tiny random autoencoder of each class that --vae takes."""
+    root = tmp_path_factory.mktemp("autoencoders")
+    for kind in tiny_autoencoders.CONFIGS:
+        tiny_autoencoders.build(kind).save_pretrained(root / kind)
+    return {kind: str(root / kind) for kind in tiny_autoencoders.CONFIGS}
 
 
 @pytest.fixture

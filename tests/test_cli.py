@@ -54,6 +54,10 @@ BAD = {
         "--prediction": "data",
         "--loss-weight": "none",
         "--lr-schedule": "step",
+        "--c-schedule": "cosine",
+        "--c-start": "0 1 -0.1 nan x",
+        "--c-peak": "0 inf 2",  # 2 is piecewise's alone
+        "--c-scale": "0 -4 nan inf x",
         "--vae-precision": "bf16",
         "--vae": "large /nowhere",
         "--device": "gpu cuda:99 tpu",
@@ -74,7 +78,7 @@ BAD = {
         "--stepsize": "0 -1 nan inf x",
         "--cfg-scale": "-1 nan inf x",
         "--mu": "-0.1 1.1 nan x",
-        "--sampler": "sgd langevin",
+        "--sampler": "sgd sde",
         "--clip-format": "avi",
         "--classes": "emu 3 -1",
         "--ckpt": "/nowhere.pt /dev/null",
@@ -151,6 +155,8 @@ def test_a_bad_value_is_one_line_before_anything_is_made(run_script, base, tmp_p
         ("train", "--video --clip-len 6 --image-size 16", "--clip-len 6 must be a multiple"),
         ("train", "--ebm dot --grad-checkpointing", "--grad-checkpointing"),
         ("train", "--latents /nowhere", "either --data-path"),
+        ("train", "--c-start 0.7 --c-schedule linear", "--c-start has no effect on --c-schedule linear"),
+        ("train", "--c-scale 8 --prediction noise", "drop --c-scale or --prediction noise"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(run_script, base, tmp_path, script, flags, words):
@@ -293,6 +299,13 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_reason(image_folder, t
         (tmp_path / "data" / label / "x.png").write_text("no picture")
     result = torchrun(2, "train", *train_args(tmp_path / "data", tmp_path / "runs"), check=False)
     assert result.returncode != 0 and "no file of class" in result.stderr
+
+
+def test_what_all_ranks_find_wrong_is_said_once(image_folder, tmp_path):
+    ckpt = save_checkpoint(tmp_path / "other.pt", {**IMAGE_ARGS, "model": "EqM-T/2"})
+    words = train_args(image_folder, tmp_path / "runs", "--ckpt", ckpt)
+    result = torchrun(2, "train", *words, check=False)
+    assert result.returncode != 0 and result.stderr.count("train.py: error: ") == 1, result.stderr
 
 
 def test_two_ranks_encode_one_cache(clip_folder, tiny_vae, tmp_path):

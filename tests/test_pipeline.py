@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from EqM import EqMPipeline
+from EqM import EqMPipeline, samplers
 from EqM.data import media
 from EqM.run.errors import UserError
 from helpers import CLIP_ARGS, IMAGE_ARGS, NAMES, REPO, save_checkpoint
@@ -107,6 +107,144 @@ def test_classes_are_names_numbers_or_drawn(image_ckpt):
             pipe.labels([wrong], [0])
 
 
+def stopping(sampler="gd", **more):
+    """Settings under which the samples of image_ckpt stop after different numbers of steps."""
+    return {"num_sampling_steps": 12, "stepsize": 0.1, "stop_norm": 9.2, "sampler": sampler, **more}
+
+
+@pytest.mark.parametrize("sampler", ["gd", "ngd", "heun", "langevin"])
+def test_samples_that_stop_depend_on_neither_batch_nor_share_of_the_work(image_ckpt, sampler):
+    pipe = open_pipe(image_ckpt)
+    how = stopping(sampler, **({"temperature": 1e-4} if sampler == "langevin" else {}))
+    together = pipe(num_samples=5, batch_size=5, **how)
+    assert len(set(together.evaluations)) > 2
+    for size in (1, 2):
+        other = pipe(num_samples=5, batch_size=size, **how)
+        assert other.evaluations == together.evaluations
+        torch.testing.assert_close(other.latents, together.latents, atol=1e-5, rtol=1e-5)
+    mine = [1, 4]  # as one of several ranks, or a run that goes on
+    for part in pipe.draw([together.labels[i] for i in mine], mine, batch_size=2, **how):
+        assert part.evaluations == [together.evaluations[i] for i in part.indices]
+        torch.testing.assert_close(part.x, together.latents[part.indices], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("same", [{"stop_norm": 1e-6}, {"sampler": "langevin"}, {"sampler": "euler"}])
+def test_what_asks_for_nothing_new_changes_no_bit(image_ckpt, same):
+    pipe = open_pipe(image_ckpt)
+    plain, other = pipe(num_samples=3, **SHORT), pipe(num_samples=3, **SHORT, **same)
+    assert torch.equal(plain.latents, other.latents) and other.evaluations == [3] * 3
+
+
+def test_adam_has_a_step_size_of_its_own(image_ckpt):
+    pipe = open_pipe(image_ckpt)
+    x, short = pipe.noise([0]), {"num_sampling_steps": 3}
+    for sampler in samplers.SAMPLERS:
+        own = 0.02 if sampler == "adam" else 0.0017
+        ends = [pipe.descend(x, [0], sampler, **short, **more) for more in ({}, {"stepsize": own}, {"stepsize": 0.1})]
+        assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def test_langevins_noise_is_a_function_of_seed_sample_and_step(image_ckpt):
+    pipe = open_pipe(image_ckpt)
+    how = {"sampler": "langevin", "temperature": 1.0, "num_sampling_steps": 3, "stepsize": 1e-3, "cfg_scale": 1.0}
+    kicks = []
+    for seed in (0, 0, 1):
+        warm, cold = (pipe(classes=[0], num_samples=2, seed=seed, **{**how, "temperature": T}) for T in (1.0, 0.0))
+        kicks.append(warm.latents - cold.latents)
+    assert torch.equal(kicks[0], kicks[1]) and not torch.equal(kicks[0], kicks[2])
+    assert kicks[0].std().item() == pytest.approx((2 * 1e-3) ** 0.5, rel=0.1), "of the first step alone: annealed"
+    assert torch.corrcoef(kicks[0].flatten(1))[0, 1].abs() < 0.3, "each sample has its own"
+
+
+@pytest.mark.parametrize("args", [IMAGE_ARGS, CLIP_ARGS])
+def test_a_start_is_left_alone_or_forgotten_at_the_ends_of_its_noise(tmp_path, args):
+    pipe = open_pipe(save_checkpoint(tmp_path / "x.pt", args))
+    shape = (4, 8, 8, 3) if args["video"] else (8, 8, 3)
+    given = list(np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8))
+    ordinary = pipe(num_samples=3, **SHORT)
+    assert torch.equal(pipe(num_samples=3, start=given, start_noise=1.0, **SHORT).latents, ordinary.latents)
+    still = pipe(num_samples=3, start=given, start_noise=0.0, num_sampling_steps=1)
+    assert torch.equal(still.latents, pipe.encode(np.stack([given[0], given[1], given[0]])))
+    assert np.abs(still.samples.astype(int) - np.stack([given[0], given[1], given[0]])).max() <= 1
+    assert still.evaluations == [0] * 3
+    mixed = pipe.starts([0, 1, 2], 0, given, 0.25)
+    torch.testing.assert_close(mixed, 0.75 * still.latents + 0.25 * pipe.noise([0, 1, 2], 0))
+    with pytest.raises(UserError, match="give starts of its size"):
+        pipe(num_samples=1, start=[np.zeros((*shape[:-3], 16, 16, 3), np.uint8)], start_noise=0.5, **SHORT)
+
+
+def test_sums_of_classes(image_ckpt):
+    pipe = open_pipe(image_ckpt)
+    one = pipe(classes=["cat"], num_samples=2, **SHORT)
+    for same in ("cat*1+dog*0", "cat*0.5+0*0.5"):
+        drawn = pipe(classes=[same], num_samples=2, **SHORT)
+        assert torch.equal(drawn.latents, one.latents) and drawn.labels == [0, 0]
+    summed = pipe(classes=["cat*0.7+owl*0.3", "dog"], num_samples=3, batch_size=2, cfg_scale=2.0, **SHORT)
+    assert summed.labels == [{0: 0.7, 2: 0.3}, 1, {0: 0.7, 2: 0.3}]
+    x, t = pipe.noise([0]), torch.zeros(1)
+    null, cat, owl = (pipe.field(x, [y]) for y in (3, 0, 2))
+    expected = null + 2.0 * (0.7 * (cat - null) + 0.3 * (owl - null))
+    torch.testing.assert_close(pipe.guided([{0: 0.7, 2: 0.3}], 2.0, None)(x, t), expected)
+    torch.testing.assert_close(pipe.field(x, ["cat*0.7+owl*0.3"]), null + 0.7 * (cat - null) + 0.3 * (owl - null))
+    for wrong in ("cat+emu", "cat*much"):
+        with pytest.raises(UserError, match=r"--classes cat.* in 'cat.*' is no (class|weight) of this checkpoint"):
+            pipe(classes=[wrong], **SHORT)
+
+
+def test_the_field_of_a_sum_is_minus_the_gradient_of_its_energy(tmp_path):
+    pipe = open_pipe(save_checkpoint(tmp_path / "x.pt", {**IMAGE_ARGS, "ebm": "dot"}))
+    x, y, step = pipe.noise(range(2), seed=1), ["cat*0.5+owl*2", "dog"], 1e-2
+    field = pipe.field(x, y)
+    direction = field / field.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    slope = (pipe.energy(x + step * direction, y) - pipe.energy(x - step * direction, y)) / (2 * step)
+    torch.testing.assert_close(-slope, field.flatten(1).norm(dim=1), rtol=1e-2, atol=1e-3)
+
+
+def test_another_checkpoint_adds_its_field_and_its_classes(image_ckpt, tmp_path):
+    alone = open_pipe(image_ckpt)(classes=["owl", "cat"], num_samples=2, **SHORT).latents
+    twice = open_pipe(image_ckpt).also(image_ckpt)
+    assert twice.class_names == NAMES
+    assert torch.equal(twice(classes=["owl", "cat"], num_samples=2, **SHORT).latents, alone), "a mean of the same"
+    other = save_checkpoint(tmp_path / "other.pt", IMAGE_ARGS, seed=1, names=["yak", "owl", "emu"])
+    both = open_pipe(image_ckpt).also(other)
+    assert both.class_names == ["cat", "dog", "owl", "yak", "emu"]
+    x, first, second = both.noise([0]), open_pipe(image_ckpt), open_pipe(other)
+    for name, theirs, ours in [("cat", 0, 3), ("owl", 2, 1), ("emu", 3, 2), (5, 3, 3)]:
+        expected = (first.field(x, [theirs]) + second.field(x, [ours])) / 2
+        torch.testing.assert_close(both.field(x, [name]), expected)
+    summed = both(classes=["cat+emu"], num_samples=2, cfg_scale=1.0, cfg_channels=None, **SHORT)
+    assert summed.labels == [{0: 1.0, 4: 1.0}] * 2
+    assert both.composition.written(summed.labels[0]) == ("0+4", "cat+emu")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"image_size": 16}, "latents are 3 x 16 x 16, .* 3 x 8 x 8"),
+        ({"video": True, "clip_len": 4}, "latents are 3 x 4 x 8 x 8"),
+        ({"path_type": "GVP"}, "path is GVP"),
+    ],
+)
+def test_checkpoints_of_other_latents_are_not_added(image_ckpt, tmp_path, args, words):
+    other = save_checkpoint(tmp_path / "other.pt", {**IMAGE_ARGS, **args})
+    with pytest.raises(UserError, match=f"other.pt cannot be added: its {words}"):
+        open_pipe(image_ckpt).also(other)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_sixteen_bits_end_near_fp32_with_every_sampler(image_ckpt, sampler):
+    """Within what the parity table of MIXED_PRECISION.md says of gd's ends, 1e-2 in BF16 and 2e-3 in FP16."""
+    ends = {}
+    for name in FLAGS:
+        pipe = open_pipe(image_ckpt, precision=name)
+        more = {"temperature": 0.1} if sampler == "langevin" else {}
+        eta = 0.02 if sampler == "adam" else 0.05
+        ends[name] = pipe.descend(pipe.noise([0, 1]), [0, 1], sampler, 12, eta, cfg_scale=4.0, **more)
+        assert ends[name].dtype == torch.float32
+    for name, most in (("bf16", 1e-2), ("fp16", 2e-3)):
+        assert 0 < (ends[name] - ends["fp32"]).norm() / ends["fp32"].norm() < most
+
+
 def test_noise_of_langevin_is_a_samples_own_whatever_the_batch(image_ckpt):
     def noise(row, step):
         return torch.full((3, 8, 8), 100.0 * row + step)
@@ -128,7 +266,7 @@ def test_weights_and_what_is_wrong_with_a_call(image_ckpt, tmp_path):
         ({"precision": "fp8"}, "'fp8' is none of fp32, bf16, fp16"),
         ({"size": 3}, "size: no such flag"),
         ({"model": "EqM-S/4"}, "--model EqM-S/4 contradicts"),
-        ({"weights": "raw"}, "weights 'raw'"),
+        ({"weights": "raw"}, "--weights raw is not in"),
     ]:
         with pytest.raises(UserError, match=words):
             open_pipe(image_ckpt, **more)

@@ -12,15 +12,16 @@ from helpers import REPO
 
 FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.run": 0,
-    "EqM.models": 0, "EqM.transport": 0, "EqM.samplers": 1,
+    "EqM.models": 0, "EqM.transport": 0, "EqM.updates": 1, "EqM.guidance": 1, "EqM.samplers": 2,
     "EqM.engine": 1, "EqM.data": 1,
-    "EqM.architecture": 2,
+    "EqM.architecture": 2, "EqM.transplant": 2, "EqM.composition": 2,
     "EqM.pipeline": 3,
-    "EqM.cli": 4, "EqM.preview": 4, "EqM.metrics": 4,
-    "EqM.train": 5, "EqM.sample_gd": 5, "EqM.extract_latents": 5, "EqM.evaluate": 5,
-    "EqM.measure": 6,
+    "EqM.cli": 4, "EqM.recipe": 4, "EqM.trace": 4, "EqM.metrics": 4,
+    "EqM.watch": 5,
+    "EqM.train": 6, "EqM.sample_gd": 6, "EqM.extract_latents": 6, "EqM.evaluate": 6, "EqM.score": 6,
+    "EqM.measure": 7,
 }  # fmt: skip
-COMMANDS = ("train", "sample_gd", "extract_latents", "evaluate")
+COMMANDS = ("train", "sample_gd", "extract_latents", "evaluate", "score")
 
 
 def imports_of_ours():
@@ -61,7 +62,7 @@ def test_there_is_no_circle():
 
 
 def test_the_method_knows_no_precision_device_file_rank_or_flag():
-    for name in ("models", "transport", "samplers"):
+    for name in ("models", "transport", "updates", "samplers", "guidance"):
         text = (REPO / "EqM" / f"{name}.py").read_text(encoding="utf-8")
         for word in ("autocast", "bfloat16", ".half(", ".cuda(", "argparse", "distributed", "open(", "Path("):
             assert word not in text, f"{name}.py says {word}"
@@ -79,7 +80,7 @@ def two_copies(tmp_path_factory):
         for command in COMMANDS:  # tell where the rest of the package comes from, and end
             script = root / copy / "EqM" / f"{command}.py"
             text = script.read_text(encoding="utf-8")
-            head = text[: text.index("import argparse") if "import argparse" in text else text.index("import json")]
+            head = text[: text.index("\n", text.index("sys.path = [")) + 1]
             script.write_text(head + "import EqM.run.errors\nprint(EqM.run.errors.__file__)\n", encoding="utf-8")
     return root / "installed", root / "beside"
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +20,8 @@ from PIL import Image
 from EqM.engine.precision import FLAGS as PRECISIONS
 from EqM.models import EqM_models
 from EqM.run import checkpoint
+from EqM.run.log import RunLog
+from EqM.run.saving import HostCopy
 from helpers import REPO, assert_same_checkpoint, leaves, newest, train_args
 
 TIMES = ("Train Steps/Sec", "Peak GiB")  # the only figures that a second run may change
@@ -243,6 +246,81 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         assert all(torch.isfinite(value).all() for value in checkpoint.load(path)["ema"].values())
 
 
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_several_averages_go_on_exactly_and_the_first_is_the_one_alone(train, name):
+    flags = [*PRECISIONS[name], "--epochs", 50, "--lr", 1e-2]
+    several = [*flags, "--ema-decay", 0.9, 0.5, "--ema-std", 0.05, 0.1]
+    straight = train(*several, "--max-steps", 5, root="straight")
+    train(*several, "--max-steps", 3, root="stopped")
+    resumed = train(*several, "--max-steps", 5, "--auto-resume", root="stopped")
+    assert "0000003.pt, exactly" in resumed.out, resumed.err
+    assert_same_checkpoint(straight.checkpoints[-1], resumed.checkpoints[-1])
+    saved = checkpoint.load(straight.checkpoints[-1])
+    assert list(checkpoint.averages(saved)) == ["ema-0.9", "ema-0.5", "ema-std-0.05", "ema-std-0.1"]
+    assert saved["averaging"]["updates"] == 5 and saved["args"]["ema_decay"] == [0.9, 0.5]
+    assert [path.name for path in sorted((resumed.folder / "averages").iterdir())] == ["0000003.pt", "0000005.pt"]
+    alone = checkpoint.load(train(*flags, "--max-steps", 5, "--ema-decay", 0.9, root="alone").checkpoints[-1])
+    assert alone.keys() == saved.keys() - {"ema-0.5", "ema-std-0.05", "ema-std-0.1", "averaging"}
+    assert alone["args"]["ema_decay"] == 0.9
+    for key in ("ema", "model"):
+        assert all(torch.equal(value, saved[key][at]) for at, value in alone[key].items())
+    other = train(*flags, "--ema-decay", 0.5, 0.9, "--max-steps", 6, "--ckpt", straight.checkpoints[-1], root="other")
+    assert "not exactly as without a stop: ema_decay [0.9, 0.5] -> [0.5, 0.9], ema_std [0.05, 0.1] -> None" in other.out
+    assert train("--ema-decay", 0.9, 0.9, root="twice").code == 2
+
+
+def test_a_warmed_up_average_goes_on_exactly_and_is_no_longer_its_start(train):
+    flags = ["--epochs", 50, "--lr", 1e-2, "--ema-warmup"]
+    straight = train(*flags, "--max-steps", 5, root="straight")
+    train(*flags, "--max-steps", 3, root="stopped")
+    resumed = train(*flags, "--max-steps", 5, "--auto-resume", root="stopped")
+    assert "0000003.pt, exactly" in resumed.out
+    assert_same_checkpoint(straight.checkpoints[-1], resumed.checkpoints[-1])
+    saved = checkpoint.load(straight.checkpoints[-1])
+    last = "final_layer.linear.bias"  # which is zero at the start
+    assert saved["ema"][last].norm() > 0.3 * saved["model"][last].norm() > 0
+
+
+def test_weights_of_another_model_are_a_start_with_a_table_and_a_resume_wins_over_it(train, tmp_path):
+    """Nothing is trained here, so that what is saved is what it started from."""
+    still = ["--lr", 1e-12, "--ema-decay", 1]
+    first = train("--lr", 1e-2)
+    elsewhere = shutil.copy(first.checkpoints[0], tmp_path / "start.pt")
+    flags = ["--image-size", 16, "--num-classes", 3, "--init-from", elsewhere, "--auto-resume", *still]
+    result = train(*flags, root="next")
+    assert result.code == 0, result.err
+    assert f"Starting from {elsewhere}, its ema:" in result.out and "steps 0 to 2" in result.out
+    assert "  changed  positions: new, of 1 x 4 x 4 tokens" in (result.folder / "log.txt").read_text()
+    theirs, ours = checkpoint.load(elsewhere), checkpoint.load(result.checkpoints[0])
+    assert all(torch.equal(theirs["ema"][name], ours["ema"][name]) for name in ours["ema"] if "blocks" in name)
+    assert (ours["step"], ours["args"]["init_from"]) == (2, str(elsewhere))
+    assert not torch.equal(theirs["ema"]["final_layer.linear.weight"], theirs["model"]["final_layer.linear.weight"])
+    by_weights = train(*flags, "--weights", "model", root="weights")
+    assert torch.equal(
+        checkpoint.load(by_weights.checkpoints[0])["ema"]["final_layer.linear.weight"],
+        theirs["model"]["final_layer.linear.weight"],
+    )
+
+    other = train(*flags[:5], result.checkpoints[0], *flags[6:], root="next")
+    assert "Starting anew, since 000-EqM-T-4-Linear-velocity-None is another run: init_from" in other.out
+    shutil.rmtree(other.folder)
+    elsewhere.unlink()
+    again = train(*flags, "--max-steps", 3, "--epochs", 9, root="next")
+    assert again.code == 0 and again.folder == result.folder, again.err
+    assert "0000002.pt, exactly" in again.out and "--init-from has no effect" in again.out
+    assert "Starting from" not in again.out
+
+
+def test_a_start_that_does_not_fit_leaves_no_run_folder(train, tmp_path):
+    wide = EqM_models["EqM-S/4"](input_size=8, num_classes=2, in_channels=3)
+    torch.save(wide.state_dict(), tmp_path / "wide.pt")
+    for path, message in [("wide.pt", "it is 384 wide and this model 144"), ("none.pt", "is not a file")]:
+        result = train("--init-from", tmp_path / path)
+        assert result.code == 2 and message in result.err and result.folder is None
+        assert len(result.err.strip().splitlines()) == 1, result.err
+    assert train("--init-positions", "new").code == 2
+
+
 def test_checkpoints_are_pruned_to_the_newest(train):
     result = train("--max-steps", 5, "--epochs", 50, "--ckpt-every", 1, "--keep-checkpoints", 2)
     assert [path.name for path in result.checkpoints] == ["0000004.pt", "0000005.pt"]
@@ -274,6 +352,54 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(train, monkeypatch):
     assert result.code == 2 and "No space left" in result.err
     assert [path.name for path in result.checkpoints] == ["0000002.pt"]
     assert first.checkpoints[0].read_bytes() == before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
+    """Its write waits for the next step's line; a save in the loop would wait for ever."""
+    save, told, write = checkpoint.save, RunLog.step, threading.Event()
+    monkeypatch.setattr(
+        RunLog, "step", lambda log, step, figures: (told(log, step, figures), step == 3 and write.set())
+    )
+    waited = []
+
+    def slow(path, state):
+        waited.append(path.name == "0000005.pt" or write.wait(20))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    result = train("--max-steps", 5, "--epochs", 50, "--ckpt-every", 2, "--log-every", 1)
+    assert result.code == 0 and waited == [True] * 3, result.err
+    assert [path.name for path in result.checkpoints] == ["0000002.pt", "0000004.pt", "0000005.pt"]
+    assert [checkpoint.load(path)["opt"]["state"][1]["step"] for path in result.checkpoints] == [2, 4, 5]
+
+
+def test_a_save_that_fails_is_told_at_the_next_step_and_earlier_checkpoints_stay(train, monkeypatch):
+    save = torch.save
+
+    def full(state, file):
+        if state["step"] > 2:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    result = train("--max-steps", 500, "--epochs", 5000, "--ckpt-every", 2, "--log-every", 1)
+    assert result.code == 2 and "No space left" in result.err and result.err.count("\n") == 1
+    assert [path.name for path in result.checkpoints] == ["0000002.pt"]
+    assert 4 <= int(rows(result.folder)[-1]["step"]) <= 6
+
+
+def test_without_memory_for_a_copy_training_waits_and_saves_the_same(train, monkeypatch):
+    flags = ["--epochs", 50, "--max-steps", 4, "--ckpt-every", 2]
+    beside = train(*flags, root="beside")
+
+    def none_left(*args, **more):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(HostCopy, "take", none_left)
+    waiting = train(*flags, root="waiting")
+    assert waiting.code == 0 and waiting.out.count("no memory for a copy") == 2
+    for one, other in zip(beside.checkpoints, waiting.checkpoints, strict=True):
+        assert_same_checkpoint(one, other)
 
 
 def start(data, root, *flags, until="(step="):
@@ -335,3 +461,22 @@ def test_contact_sheets_show_the_run_learn_and_change_nothing_about_it(train, na
     assert [path.name for path in sheets] == ["0000002.png", "0000004.png"]
     first, second = (np.asarray(Image.open(path)) for path in sheets)
     assert first.shape == second.shape and not np.array_equal(first, second)
+
+
+def test_another_c_names_the_run_is_saved_and_is_another_run(train):
+    """A run of before, whose checkpoint says nothing of c, had the default one."""
+    curve = ["--c-schedule", "piecewise", "--c-start", 0.7, "--c-peak", 2, "--c-scale", 8]
+    flags = ["--epochs", 50, "--auto-resume", "--log-every", 1]
+    first = train(*flags, *curve)
+    assert first.folder.name == "000-EqM-T-4-Linear-velocity-None-c-piecewise-0.7-2-8", first.err
+    args = torch.load(first.checkpoints[0], weights_only=True)["args"]
+    assert [args[f"c_{name}"] for name in ("schedule", "start", "peak", "scale")] == ["piecewise", 0.7, 2, 8]
+    default = train(*flags)
+    assert "c_schedule piecewise -> truncated" in default.out and default.folder.name.endswith("-None")
+    assert rows(default.folder)[0]["Train Loss"] != rows(first.folder)[0]["Train Loss"]
+
+    saved = torch.load(default.checkpoints[0], weights_only=True)
+    saved["args"] = {name: value for name, value in saved["args"].items() if not name.startswith("c_")}
+    torch.save(saved, default.checkpoints[0])
+    assert ", exactly" in train(*flags, "--max-steps", 3).out
+    assert "c_scale 4.0 -> 5.0" in train(*flags, "--c-scale", 5).out

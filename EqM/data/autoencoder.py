@@ -1,21 +1,25 @@
-"""Between pixels and latents: the frozen autoencoder, frame by frame, in chunks.
+"""Between pixels and latents: a frozen autoencoder of diffusers, in chunks; geometry.py says what it makes.
 
-Letters: N batch, C channels, T frames, H W height and width, h w the same in latent units. Pixels are in
-[-1, 1]. Clips go through the autoencoder as N*T images.
+Letters: N batch, C channels, T frames, H W height and width, t h w the same in latent units. Pixels are in [-1, 1].
+Autoencoders of images take clips as N*T images; those of clips take images as clips of one frame.
 """
 
-import json
 import logging
-import os
+import math
 import warnings
+from contextlib import contextmanager, nullcontext
+from types import MethodType
 
 import torch
 
+from EqM.data.geometry import PUBLISHED, from_hub, geometry, of_config
 from EqM.run.errors import UserError, reason
+from EqM.run.resume import is_hub_name
 
 SD_SCALE = 0.18215  # standard deviation of Stable Diffusion's latents, inverted (arXiv 2112.10752)
-
-PUBLISHED = ("ema", "mse")
+CHUNK = 1 << 20  # pixels that go through at once: 16 images of 256 x 256, or a clip of 17 frames
+MOST = 64  # images or clips that do
+WHOLE = 256 * 256  # pixels of a clip's frame: larger ones go through in tiles, of the size that the class has for that
 
 
 def to_pixels(images):
@@ -60,101 +64,180 @@ class PixelSpace:
 
 
 class VAE:
-    """A frozen diffusers AutoencoderKL and its scaling: latents = (z - shift) * scale.
+    """A frozen autoencoder of diffusers and its scaling: latents = (z - shift) * scale.
 
-    run_in: the network's Precision; the posterior is sampled in FP32 in any case. chunk: how many
-    frames go through it at once. Its convolutions run channels-last.
+    network: of one of geometry.KINDS. run_in: the network's Precision; the posterior is sampled in FP32 in any case.
+    scale, shift: numbers, or tensors (C,) on its device. chunk: how many pixels go through it at once, at least one
+    image or clip. Convolutions of images run channels-last.
     """
 
-    def __init__(self, network, run_in, scale, shift=0.0, chunk=64):
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    def __init__(self, network, run_in, scale=1.0, shift=0.0, chunk=CHUNK):
+        self.geometry = of_config(type(network).__name__, network.config)
+        self.network = network.eval().requires_grad_(False)
+        if not self.geometry.takes_clips:
+            self.network.to(memory_format=torch.channels_last)
         self.run_in = run_in
         if run_in.name == "bf16":
             run_in.cast_weights(self.network)  # FP16 keeps FP32 weights, to fall back on
+        for module in self.network.modules():  # a sum over all pixels, which AutoencoderDC wants in FP32
+            if hasattr(module, "apply_linear_attention"):
+                module.apply_linear_attention = MethodType(_linear_attention_in_fp32, module)
         self.scale = scale
         self.shift = shift
         self.chunk = chunk
 
     def encode(self, pixels):
-        """Draw latents (N, C, [T,] h, w) from the posterior of pixels (N, 3, [T,] H, W)."""
+        """Draw latents (N, C, [t,] h, w) from the posterior of pixels (N, 3, [T,] H, W)."""
         return draw(self.posterior(pixels))
 
     def mean(self, pixels):
-        """The posterior's mean, (N, C, [T,] h, w), of pixels (N, 3, [T,] H, W)."""
+        """The posterior's mean, (N, C, [t,] h, w), of pixels (N, 3, [T,] H, W)."""
         return self.posterior(pixels)[:, 0]
 
     @torch.no_grad()
     def posterior(self, pixels):
-        """Mean and standard deviation of the latents of pixels (N, 3, [T,] H, W): (N, 2, C, [T,] h, w)."""
-        parts = [self._posterior(part) for part in fold(pixels).split(self.chunk)]
+        """Mean and standard deviation of the latents of pixels (N, 3, [T,] H, W): (N, 2, C, [t,] h, w).
+
+        The deviation is 0 where the autoencoder has no posterior. Raises UserError if the clips are of a length that
+        it does not take.
+        """
+        if pixels.ndim == 5:
+            self.geometry.latent_frames(pixels.shape[2])
+        parts = [self._posterior(part) for part in self._chunks(self._items(pixels), 1)]
         mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
-        mean, std = (mean - self.shift) * self.scale, std * self.scale
-        return torch.stack([unfold(mean, pixels), unfold(std, pixels)], dim=1)
+        mean, std = (mean - _over(self.shift, mean)) * _over(self.scale, mean), std * _over(self.scale, std)
+        return torch.stack([self._whole(mean, pixels), self._whole(std, pixels)], dim=1)
 
     @torch.no_grad()
     def decode(self, latents):
-        """Pixels (N, 3, [T,] H, W) of latents (N, C, [T,] h, w)."""
-        z = fold(latents) / self.scale + self.shift
-        return unfold(torch.cat([self._decoded(part) for part in z.split(self.chunk)]), latents)
+        """Pixels (N, 3, [T,] H, W) of latents (N, C, [t,] h, w)."""
+        z = self._items(latents)
+        z = z / _over(self.scale, z) + _over(self.shift, z)
+        pixels_each = self.geometry.space**2 * self.geometry.time
+        return self._whole(torch.cat([self._decoded(part) for part in self._chunks(z, pixels_each)]), latents)
 
-    def _posterior(self, images):
-        moments = self._run(lambda: self.network.encode(images).latent_dist.parameters)
-        mean, log_variance = moments.chunk(2, dim=1)
+    def _items(self, x):
+        """What the network takes one by one: frames (M, C, H, W) or clips (N, C, T, H, W)."""
+        if not self.geometry.takes_clips:
+            return fold(x)
+        return x if x.ndim == 5 else x.unsqueeze(2)
+
+    def _whole(self, items, like):
+        """Items as images or clips again, whichever `like` is."""
+        if not self.geometry.takes_clips:
+            return unfold(items, like)
+        return items if like.ndim == 5 else items.squeeze(2)
+
+    def _chunks(self, items, pixels_each):
+        """Parts of the items (M, C, [T,] H, W), by the memory they take. pixels_each: of a value of one channel."""
+        return items.split(min(MOST, max(1, self.chunk // (pixels_each * math.prod(items.shape[2:])))))
+
+    def _posterior(self, items):
+        found = self._run(lambda: _moments(self.network.encode(items)), math.prod(items.shape[-2:]))
+        if found.shape[1] == self.geometry.channels:
+            return found, torch.zeros_like(found)
+        mean, log_variance = found.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def _decoded(self, z):
-        return self._run(lambda: self.network.decode(z).sample)
+        config, more, noise = self.network.config, {}, nullcontext()
+        if config.get("timestep_conditioning"):  # LTX may clean noisy latents as it decodes; these have none
+            more = {"temb": torch.zeros(len(z), device=z.device)}
+        if any(config.get("decoder_inject_noise", ())):
+            noise = _same_noise(z.device)
+        with noise:
+            pixels = math.prod(z.shape[-2:]) * self.geometry.space**2
+            return self._run(lambda: self.network.decode(z, **more).sample, pixels)
 
-    def _run(self, function):
-        """The network's result in FP32. If FP16 overflows, this and all that follows is done in FP32."""
+    def _run(self, function, pixels):
+        """The network's result in FP32. If FP16 overflows, this and all that follows is done in FP32.
+
+        pixels: of a frame, by which clips go through whole or in tiles, so that neighbours in a batch change nothing.
+        """
+        self.network.use_tiling = self.geometry.takes_clips and pixels > WHOLE
         with self.run_in.autocast():
             result = function().float().contiguous()  # noise drawn like it follows the order in memory
         if self.run_in.name == "fp16" and not torch.isfinite(result).all():
             warnings.warn("the autoencoder overflows in FP16; it goes on in FP32 (--vae-precision fp32)", stacklevel=2)
             self.run_in = self.run_in.in_fp32()
-            return self._run(function)
+            return self._run(function, pixels)
         return result
 
 
-def geometry(name):
-    """(latent channels, pixels per latent) of the autoencoder `--vae` names, without loading it."""
-    if name == "none":
-        return PixelSpace.channels, PixelSpace.factor
-    if name in PUBLISHED:
-        return 4, 8
-    try:
-        with open(os.path.join(name, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"--vae {name} is neither ema, mse, none nor a folder with an AutoencoderKL (a readable config.json)"
-        ) from None
+def _moments(encoded):
+    """Mean and log variance, (M, 2C, ...), or the latents themselves, (M, C, ...), of what an encoder returns."""
+    return encoded.latent_dist.parameters if "latent_dist" in encoded else encoded[0]
+
+
+def _over(value, items):
+    """A number, or a value for each channel as it meets items (M, C, ...)."""
+    return value.view(-1, *[1] * (items.ndim - 2)) if isinstance(value, torch.Tensor) else value
+
+
+def _linear_attention_in_fp32(module, query, key, value):
+    with torch.autocast(query.device.type, enabled=False):
+        return type(module).apply_linear_attention(module, query, key, value)
+
+
+@contextmanager
+def _same_noise(device):
+    """Some decoders of LTX add noise: let it be the same for every item and every call, and touch nobody else's."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def scaling(network):
+    """(scale, shift) of the latents of a network of diffusers, as its pipelines use them: see VAE.
+
+    Means and deviations of each channel stand in the config, LTX's among the weights.
+    """
+    config, buffers = network.config, dict(network.named_buffers())
+    scale = config.get("scaling_factor") or 1.0
+    per_channel = [buffers.get(name, config.get(name)) for name in ("latents_mean", "latents_std")]
+    if any(values is None for values in per_channel):
+        return scale, config.get("shift_factor") or 0.0
+    mean, std = (torch.as_tensor(values, dtype=torch.float32, device=network.device) for values in per_channel)
+    return scale / std, mean
 
 
 def load(name, run_in):
-    """The autoencoder `--vae` names: none, ema, mse (Stable Diffusion's), or a local AutoencoderKL folder.
+    """The autoencoder that `--vae` names: none, ema, mse (Stable Diffusion's), a folder, or a name on the hub.
 
     run_in: the Precision of its network, on whose device it is put.
     Raises UserError if it cannot be had, one line that names the alternatives.
     """
     if name == "none":
         return PixelSpace()
-    from diffusers import AutoencoderKL  # seconds to import, and pixel-space runs do without
-
-    published = name in PUBLISHED
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry
-    source = f"stabilityai/sd-vae-ft-{name}" if published else name
+    kind = geometry(name).kind
     try:
+        network = _network(kind, name).to(run_in.device)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--vae {name} does not load as a diffusers {kind}: {reason(error)}") from None
+    scale, shift = (SD_SCALE, 0.0) if name in PUBLISHED else scaling(network)
+    return VAE(network, run_in, scale, shift)
+
+
+def _network(kind, name):
+    import diffusers  # seconds to import, and pixel-space runs do without
+
+    for name_of_logger in ("huggingface_hub", "diffusers.configuration_utils"):  # every retry; names of old settings
+        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
+
+    def get(place, folder, local_files_only):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # The default wants another package, only to save a moment's memory.
-            network = AutoencoderKL.from_pretrained(source, local_files_only=not published, low_cpu_mem_usage=False)
+            # The default of low_cpu_mem_usage wants another package, only to save a moment's memory.
+            return getattr(diffusers, kind).from_pretrained(
+                place, subfolder=folder, local_files_only=local_files_only, low_cpu_mem_usage=False
+            )
+
+    if name not in PUBLISHED:
+        return from_hub(get, name) if is_hub_name(name) else get(name, None, True)
+    try:
+        return get(f"stabilityai/sd-vae-ft-{name}", None, False)
     except Exception as error:
-        if published:
-            advice = "without network or cached weights use --vae none (pixels) or --vae DIR (a local AutoencoderKL)"
-            raise UserError(f"the {name} VAE cannot be loaded: {advice}. Cause: {reason(error)}") from None
-        raise UserError(f"--vae {name} does not load as a diffusers AutoencoderKL: {reason(error)}") from None
-    scale = SD_SCALE if published else network.config.scaling_factor
-    shift = 0.0 if published else network.config.shift_factor or 0.0
-    return VAE(network.to(run_in.device), run_in, scale, shift)
+        advice = "without network or cached weights use --vae none (pixels) or --vae DIR (a local autoencoder)"
+        raise UserError(f"the {name} VAE cannot be loaded: {advice}. Cause: {reason(error)}") from None

@@ -1,5 +1,6 @@
 """Frames of a video file: which ones, how they are decoded, and how they are shown: upright, with square pixels."""
 
+import io
 import itertools
 import os
 from bisect import bisect_right
@@ -47,9 +48,10 @@ def frame_indices(count, num_frames, frame_interval=None, rng=None):
     return [min(start + i * frame_interval, count - 1) for i in range(num_frames)]
 
 
-def decode_clip(path, num_frames, frame_interval=None, seed=()):
+def decode_clip(source, num_frames, frame_interval=None, seed=()):
     """Frames of a clip: a list of num_frames PIL images, chosen by frame_indices, upright and with square pixels.
 
+    source: a path, or the bytes of a file.
     The frames are those of a full decode. Where the packets' times are sound, it seeks to them; else it decodes
     from the start. The number of packets stands in for the number of frames, which headers misstate; should
     another number decode, the choice is made again from that number. Raises OSError or ValueError if nothing
@@ -59,8 +61,8 @@ def decode_clip(path, num_frames, frame_interval=None, seed=()):
     def choose(count):
         return frame_indices(max(count, 1), num_frames, frame_interval, np.random.default_rng(seed))
 
-    with _open(path) as container:
-        stream, packets = _survey(container, path)
+    with _open(source) as container:
+        stream, packets = _survey(container)
         count, number = len(packets), stream.index
         wanted = choose(count)
         kept = _by_seeking(container, stream, packets, sorted(set(wanted)))
@@ -69,7 +71,7 @@ def decode_clip(path, num_frames, frame_interval=None, seed=()):
     for _ in range(3):  # the second time the count is right, unless the file changes under us
         wanted = choose(count)
         kept, decoded = {}, 0
-        with _open(path) as container:
+        with _open(source) as container:
             stream = container.streams[number]
             stream.thread_count = 1
             try:
@@ -89,17 +91,29 @@ def decode_clip(path, num_frames, frame_interval=None, seed=()):
     raise ValueError("it decodes to another number of frames each time")
 
 
-def _open(path):
-    """The container of a local file, never of what a playlist in it points to."""
+def first_frame(path):
+    """The first frame of a clip, a PIL image, upright and with square pixels. Raises as decode_clip does."""
+    with _open(path) as container:
+        number = _survey(container)[0].index
+    with _open(path) as container:
+        stream = container.streams[number]
+        for frame in container.decode(stream):
+            return _shown(frame, stream)
+    raise ValueError("no frame decodes")
+
+
+def _open(source):
+    """The container of a local file or of its bytes, never of what a playlist in it points to."""
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    return av.open("file:" + os.fspath(path), metadata_errors="ignore", options=options)
+    file = io.BytesIO(source) if isinstance(source, bytes) else "file:" + os.fspath(source)
+    return av.open(file, metadata_errors="ignore", options=options)
 
 
-def _survey(container, path):
+def _survey(container):
     """The video stream and its Packets in the file's order. A cover picture is not taken for the clip."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        raise ValueError(f"{path} has no video stream")
+        raise ValueError("it has no video stream")
     packets = {stream.index: [] for stream in streams}
     for packet in container.demux(streams):
         if packet.size > 0:

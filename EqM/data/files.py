@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -57,9 +58,13 @@ def _middle(shape, size):
     return left, top, left + size, top + size
 
 
-def read_image(path):
-    """A file as an upright RGB image, whatever its mode: 16-bit and floats from 0 to 1 are scaled, alpha dropped."""
-    with Image.open(path, formats=image_formats()) as image:
+def read_image(source):
+    """A file as an upright RGB image, whatever its mode: 16-bit and floats from 0 to 1 are scaled, alpha dropped.
+
+    source: a path, or the bytes of a file.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=image_formats()) as image:
         image.load()
         turn = TURNS.get(_orientation(image))
         if turn is not None:
@@ -106,18 +111,17 @@ def _is_picture(path):
         return False
 
 
-class LabelledFiles(Dataset):
-    """Image or clip files with class labels.
+class LabelledItems(Dataset, ABC):
+    """Images or clips with class labels, wherever their bytes lie: a subclass's `_source` says where.
 
-    paths, labels: one per file. class_names: sorted; a label is an index into them. clip_len: frames of a
-    clip, None for images. An item is asked for by (epoch, index), of which its flip and window are a
-    function, and is (pixels uint8 (3, H, W) or (3, T, H, W), label, index of the file if it was bad else -1).
+    labels: one an item. class_names: a label is an index into them. clip_len: frames of a clip, None for
+    images. An item is asked for by (epoch, index), of which its flip and window are a function, and is
+    (pixels uint8 (3, H, W) or (3, T, H, W), label, index of the file if it was bad else -1).
     A bad file is replaced by another of its class; ValueError if that class has no good one.
     notes: lines for the log on what was found, and what was left out.
     """
 
-    def __init__(self, paths, labels, class_names, size, clip_len=None, frame_interval=None, flip=True, seed=0):
-        self.paths = np.array([os.fsencode(path) for path in paths])  # one block, which workers share
+    def __init__(self, labels, class_names, size, clip_len=None, frame_interval=None, flip=True, seed=0):
         self.labels = np.array(labels)
         self.class_names = class_names
         self.notes = []
@@ -128,16 +132,30 @@ class LabelledFiles(Dataset):
         self.seed = seed
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.labels)
 
+    @abstractmethod
     def digest(self):
-        """What a checkpoint keeps of the data (resume.data_digest); names are relative to the files' common folder."""
-        folder = os.path.commonprefix(list(self.paths)).rpartition(os.fsencode(os.sep))[0]
-        names = [path[len(folder) :] for path in self.paths]
-        return resume.data_digest(names, self.labels, list(map(os.fsdecode, self.paths)))
+        """What a checkpoint keeps of the data, see resume.data_digest."""
 
+    @abstractmethod
+    def records(self, root):
+        """(name, size, time of its change, label) of each item, for a cache; root: the data folder, where it has one.
+
+        name: bytes, without the folder. An item that is not there has size and time -1.
+        """
+
+    @abstractmethod
     def path(self, index):
-        return os.fsdecode(self.paths[index])
+        """What an item is called in messages: its path where it has one."""
+
+    def fault(self, index):
+        """What is wrong with a bad item, in words."""
+        return "does not decode"
+
+    @abstractmethod
+    def _source(self, index):
+        """Path or bytes of an item's file."""
 
     def read(self, index, epoch):
         """One file: uint8 (3, H, W) or (3, T, H, W)."""
@@ -145,8 +163,8 @@ class LabelledFiles(Dataset):
 
     def _decode(self, index, epoch):
         if self.clip_len is None:
-            return [read_image(self.path(index))]
-        return decode_clip(self.path(index), self.clip_len, self.frame_interval, (self.seed, epoch, index))
+            return [read_image(self._source(index))]
+        return decode_clip(self._source(index), self.clip_len, self.frame_interval, (self.seed, epoch, index))
 
     def _item(self, frames, index, epoch):
         clip = np.stack([centre_crop(frame, self.size) for frame in frames])  # (T, H, W, 3)
@@ -173,6 +191,50 @@ class LabelledFiles(Dataset):
         yield from np.roll(peers, -1 - np.searchsorted(peers, index))[:-1].tolist()
 
 
+class LabelledFiles(LabelledItems):
+    """LabelledItems of a file each. paths: one an item."""
+
+    def __init__(self, paths, labels, class_names, size, clip_len=None, frame_interval=None, flip=True, seed=0):
+        super().__init__(labels, class_names, size, clip_len, frame_interval, flip, seed)
+        self.paths = np.array([os.fsencode(path) for path in paths])  # one block, which workers share
+
+    def digest(self):
+        """Names are relative to the files' common folder."""
+        folder = os.path.commonprefix(list(self.paths)).rpartition(os.fsencode(os.sep))[0]
+        names = [path[len(folder) :] for path in self.paths]
+        return resume.data_digest(names, self.labels, list(map(os.fsdecode, self.paths)))
+
+    def records(self, root):
+        prefix = os.path.join(Path(root), "")
+        found = []
+        for index, label in enumerate(self.labels):
+            path = self.path(index)
+            name = path.removeprefix(prefix) if path.startswith(prefix) else os.path.relpath(path, root)
+            found.append((os.fsencode(name), *size_and_time(path), label))
+        return found
+
+    def path(self, index):
+        return os.fsdecode(self.paths[index])
+
+    _source = path
+
+    def fault(self, index):
+        try:
+            with open(self.path(index), "rb"):
+                return super().fault(index)
+        except OSError as error:
+            return f"cannot be opened ({error.strerror})"
+
+
+def size_and_time(path):
+    """Bytes of a file and when it was changed in ns; -1 both where it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
 def open_files(args, flip):
     """The LabelledFiles that --data-path and its companions name. Raises UserError."""
     notes = []
@@ -195,7 +257,7 @@ def find_files(root, clips, csv_path=None, tell=lambda line: None):
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"--data-path {printable(root)} is not a folder; see datasets/README.md for the layouts")
-    folders, links, _, _ = _entries(root)
+    folders, links, _, _ = entries(root)
     class_names = sorted(folders + links)
     if clips and csv_path is None and not class_names:
         beside = root.with_suffix(".csv")
@@ -210,11 +272,30 @@ def find_files(root, clips, csv_path=None, tell=lambda line: None):
     else:
         _refuse_splits(root, class_names, CLIP_EXTENSIONS if clips else image_extensions())
         paths, labels = _find_in_folders(root, class_names, clips, tell)
-    tell(f"{len(class_names)} classes: {_some(class_names, 10)}")
+    tell(f"{len(class_names)} classes: {some(class_names, 10)}")
     return paths, labels, class_names
 
 
-def _some(names, most):
+def flat_files(root, clips):
+    """The images or clips in a folder itself, by name. Raises UserError if there are none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{printable(root)} is not a folder")
+    found = [root / name for name in entries(root)[2] if _is_wanted(os.path.join(root, name), clips)]
+    if not found:
+        raise UserError(f"{printable(root)} holds no {'clips' if clips else 'images'}")
+    return found
+
+
+def _is_wanted(path, clips):
+    """Whether a file is a clip, or an image, by its name, or by its content where the name has no extension."""
+    end = os.path.splitext(path)[1].lower()
+    if clips or end:
+        return end in (CLIP_EXTENSIONS if clips else image_extensions())
+    return _is_picture(path)
+
+
+def some(names, most):
     """The first few of names, for a message."""
     return ", ".join(printable(name) for name in names[:most]) + (", ..." if len(names) > most else "")
 
@@ -223,7 +304,7 @@ def is_system(name):
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
-def _entries(folder):
+def entries(folder):
     """(folders, links to folders, other files), sorted names of what a folder shows, and how much it hides."""
     folders, links, files, hidden = [], [], [], 0
     try:
@@ -242,6 +323,11 @@ def _entries(folder):
     return sorted(folders), sorted(links), sorted(files), hidden
 
 
+def visible(folder):
+    """Sorted names of the files that a folder shows. Raises UserError if it cannot be read."""
+    return entries(folder)[2]
+
+
 def _is_dir(entry):
     try:
         return entry.is_dir()
@@ -253,7 +339,7 @@ def _refuse_splits(root, names, extensions):
     """Raise UserError where the "classes" are the train and test sets, with the classes below them."""
     if "train" not in names or len(names) == 1 or not SPLITS.issuperset(names):
         return
-    inside = [_entries(root / name) for name in names]
+    inside = [entries(root / name) for name in names]
     if all(own + linked and not any(f.lower().endswith(extensions) for f in files) for own, linked, files, _ in inside):
         raise UserError(
             f"--data-path {printable(root)} holds {' and '.join(names)}, which hold the class folders: "
@@ -264,7 +350,6 @@ def _refuse_splits(root, names, extensions):
 def _find_in_folders(root, class_names, clips, tell):
     """(paths, labels), class by class, sorted by folder and name."""
     kind = "clips" if clips else "images"
-    extensions = CLIP_EXTENSIONS if clips else image_extensions()
     above = {_identity(folder) for folder in (root, *root.resolve().parents)}
     paths, labels, left_out, empty = [], [], Counter(), []
     for label, name in enumerate(class_names):
@@ -272,12 +357,12 @@ def _find_in_folders(root, class_names, clips, tell):
         for folder, files, hidden in sorted(_walk(os.path.join(root, name), above)):
             left_out["hidden"] += hidden
             for file in files:
-                path, end = os.path.join(folder, file), os.path.splitext(file)[1].lower()
-                if file.lower().endswith(extensions) or (not end and not clips and _is_picture(path)):
+                path = os.path.join(folder, file)
+                if _is_wanted(path, clips):
                     paths.append(path)
                     labels.append(label)
                 else:
-                    left_out[end or "without extension"] += 1
+                    left_out[os.path.splitext(file)[1].lower() or "without extension"] += 1
         if len(paths) == before:
             empty.append(name)
     if not paths:
@@ -285,10 +370,10 @@ def _find_in_folders(root, class_names, clips, tell):
         raise UserError(f"--data-path {printable(root)} holds no {kind}{other}")
     left_out = +left_out
     if left_out:
-        each = _some([f"{count} {end}" for end, count in left_out.most_common()], 8)
+        each = some([f"{count} {end}" for end, count in left_out.most_common()], 8)
         tell(f"Left out {left_out.total()} files and folders that are no {kind}: {each}")
     if empty:
-        tell(f"{len(empty)} classes hold no {kind}: {_some(empty, 10)}")
+        tell(f"{len(empty)} classes hold no {kind}: {some(empty, 10)}")
     return paths, labels
 
 
@@ -309,7 +394,7 @@ def _walk(top, above):
         if identity in seen:
             continue
         seen.add(identity)
-        own, linked, files, hidden = _entries(folder)
+        own, linked, files, hidden = entries(folder)
         folders += [os.path.join(folder, name) for name in own]
         links = sorted(links + [os.path.join(folder, name) for name in linked], reverse=True)
         yield folder, files, hidden
@@ -331,16 +416,16 @@ def _find_in_csv(root, csv_path):
         raise UserError(f"{told} has no row below its header")
     short = [str(line) for line, row in zip(lines, rows, strict=True) if not all(row)]
     if short:
-        raise UserError(f"{told} has {len(short)} rows without a name or a tag: lines {_some(short, 5)}")
+        raise UserError(f"{told} has {len(short)} rows without a name or a tag: lines {some(short, 5)}")
     names = [name for name, _ in rows]
     outside = [name for name in names if not _is_inside(root, name)]
     if outside:
-        raise UserError(f"{told} names {len(outside)} files outside {printable(root)}: {_some(outside, 5)}")
+        raise UserError(f"{told} names {len(outside)} files outside {printable(root)}: {some(outside, 5)}")
     paths = [_locate(root, name) for name in names]
     missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(names)} files in {told} are not in {printable(root)}: {_some(missing, 5)}; "
+            f"{len(missing)} of the {len(names)} files in {told} are not in {printable(root)}: {some(missing, 5)}; "
             f"take their rows out, or give the folder that holds them"
         )
     class_names = sorted({tag for _, tag in rows})
@@ -379,7 +464,7 @@ def _locate(root, name):
         ends = [variant for end in CLIP_EXTENSIONS for variant in (end, end.upper())]
         found = [root / (each + end) for end in ends if os.path.isfile(root / (each + end))]
         if len(found) > 1:
-            raise UserError(f"{printable(name)} may be {_some([path.name for path in found], 5)}: name one in the CSV")
+            raise UserError(f"{printable(name)} may be {some([path.name for path in found], 5)}: name one in the CSV")
         if found:
             return found[0]
     return None

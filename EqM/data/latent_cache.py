@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from EqM.data import autoencoder
+from EqM.data.geometry import geometry
 from EqM.run import resume, seeds
 from EqM.run.errors import UserError, reason
 
@@ -39,7 +39,8 @@ DAMAGED = (OSError, ValueError)  # what reading such a folder raises
 class LatentCache(Dataset):
     """Items of a finished cache, asked for by (epoch, index): (moments FP16 (2, C, [T,] h, w), label, -1).
 
-    The interface of files.LabelledFiles: flips are the same function of (seed, epoch, index).
+    The interface of files.LabelledFiles: flips are the same function of (seed, epoch, index). A list of keys gives a
+    batch at once: (moments (N, 2, C, [T,] h, w), labels (N,), -1 (N,)).
     Raises UserError if the folder is no cache, is damaged, unfinished, or was made from something else than args say.
     """
 
@@ -96,9 +97,7 @@ class LatentCache(Dataset):
 
     def _checked_copies(self, args):
         """1 or 2 copies of an item; raises ValueError unless every shard is as long and shaped as args say."""
-        channels, factor = autoencoder.geometry(args.vae)
-        side = args.image_size // factor
-        one = (2, channels, *([args.clip_len] if args.video else []), side, side)
+        one = (2, *geometry(args.vae).shape(args))
         copies = self.shards[0].shape[1] if self.shards[0].ndim > 1 else 0
         for i, (name, shard) in enumerate(zip(self.names, self.shards, strict=True)):
             expected = (min(self.shard_items, len(self) - i * self.shard_items), copies, *one)
@@ -126,10 +125,16 @@ class LatentCache(Dataset):
         return resume.data_digest(names, self.labels)
 
     def __getitem__(self, key):
-        epoch, index = key
-        mirrored = int(self.flip and seeds.coin(self.seed, epoch, index))
-        shard, row = divmod(index, self.shard_items)
-        return torch.from_numpy(self.shards[shard][row, mirrored].copy()), int(self.labels[index]), -1
+        moments, labels, _ = self.__getitems__([key])
+        return moments[0], int(labels[0]), -1
+
+    def __getitems__(self, keys):
+        epochs, indices = np.array(keys).T
+        mirrored = seeds.coins(self.seed, epochs, indices) if self.flip else np.zeros(len(keys), bool)
+        places = np.stack([*np.divmod(indices, self.shard_items), mirrored], axis=1).tolist()
+        moments = torch.empty(len(keys), *self.shards[0].shape[2:], dtype=torch.float16)
+        np.stack([self.shards[shard][row, copy] for shard, row, copy in places], out=moments.numpy())
+        return moments, torch.from_numpy(self.labels[indices].astype(np.int64)), torch.full((len(keys),), -1)
 
 
 @dataclass(frozen=True)
@@ -290,20 +295,11 @@ class Writer:
 
 
 def files_of(dataset, root):
-    """What a cache remembers of the files of a LabelledFiles: records (name, size, time, label), one an item.
+    """What a cache remembers of the files of a data set below a folder: records (name, size, time, label), one an item.
 
     name: below the data folder root. A file that is not there has size and time -1.
     """
-    prefix = os.path.join(Path(root), "")
-    records = []
-    for index, label in enumerate(dataset.labels):
-        path = dataset.path(index)
-        name = path.removeprefix(prefix) if path.startswith(prefix) else os.path.relpath(path, root)
-        try:
-            status = os.stat(path)
-            records.append((os.fsencode(name), status.st_size, status.st_mtime_ns, label))
-        except OSError:
-            records.append((os.fsencode(name), -1, -1, label))
+    records = dataset.records(root)
     longest = max(len(name) for name, *_ in records)
     return np.array(records, [("name", f"S{longest}"), ("size", "<i8"), ("time", "<i8"), ("label", "<i8")])
 
@@ -399,9 +395,7 @@ def _described(folder):
 
 def _same(name, one, other):
     """Whether two values of a cache.json's entry mean the same: an autoencoder's folder may be written in many ways."""
-    if name == "vae" and one != other and os.path.isdir(one) and os.path.isdir(other):
-        return os.path.samefile(one, other)
-    return one == other
+    return resume.same_vae(one, other) if name == "vae" else one == other
 
 
 def _mapped(path):

@@ -10,7 +10,7 @@ from threading import Timer, current_thread, main_thread
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from EqM.data.autoencoder import draw, to_pixels
 from EqM.run import seeds, stops
@@ -106,16 +106,8 @@ class BadFiles:
         new = self._shared.since(self.told)
         self.told += len(new)
         for index in new:
-            path = self.dataset.path(index)
-            self.tell(f"{printable(path)} {_fault(path)}; another file of its class stands in")
-
-
-def _fault(path):
-    try:
-        with open(path, "rb"):
-            return "does not decode"
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
+            path, fault = printable(self.dataset.path(index)), self.dataset.fault(index)
+            self.tell(f"{path} {fault}; another file of its class stands in")
 
 
 class Stream(Sampler):
@@ -140,7 +132,7 @@ class Stream(Sampler):
             for position in range(first, first + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch))
+                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch)).numpy()
                 keys.append((epoch, int(order[position % self.length])))
             self.batch += 1
             yield keys
@@ -157,6 +149,7 @@ def read(dataset, stream, num_workers, pin_memory):
         batch_sampler=stream,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        collate_fn=_collated,
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # else it draws its workers' seeds from the step's own numbers
     )
@@ -180,6 +173,11 @@ def read(dataset, stream, num_workers, pin_memory):
         raise UserError(f"a data worker died ({reason(died)}); if memory ran out, use fewer --num-workers") from None
     finally:
         workers.end(batches)
+
+
+def _collated(items):
+    """A batch: what a dataset with `__getitems__` has put together itself, or else its items."""
+    return items if isinstance(items, tuple) else default_collate(items)
 
 
 class _Workers:

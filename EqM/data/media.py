@@ -79,17 +79,18 @@ def as_clips(samples):
     return samples if samples.ndim == 5 else samples[:, None]
 
 
-def contact_sheet(samples, names, columns=None, scale_to=96):
+def contact_sheet(samples, names, columns=None, scale_to=96, together=1):
     """One picture of many samples, each labelled with its name; the frames of a clip stand side by side.
 
     samples: list of uint8 (T, H, W, 3), all of one shape. Small frames are enlarged to about scale_to
-    pixels without smoothing. Returns a PIL image.
+    pixels without smoothing. together: so many in turn, such as a start and its result, share a row. Returns a PIL
+    image.
     """
     T, H, W, _ = samples[0].shape
     factor = max(1, scale_to // H)
     frame_w, gap = W * factor, 2
     tile_w, tile_h, caption = T * (frame_w + gap) - gap, H * factor, 14
-    columns = columns or max(1, min(len(samples), 1600 // (tile_w + 8)))
+    columns = columns or max(1, min(len(samples), 1600 // (tile_w + 8)) // together) * together
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * (tile_w + 8), rows * (tile_h + caption + 4)), "lightgrey")
     draw = ImageDraw.Draw(sheet)

@@ -1,19 +1,27 @@
-"""AdamW in one fused kernel, and a learning-rate schedule that counts only steps that were taken."""
+"""Optimizers that can skip a step on the device, and a learning rate that counts only steps that were taken."""
 
 import math
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from EqM.engine.muon import MuonAdamW
+
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
 
 
-def adamw(model, lr):
-    """AdamW as published: default betas, no weight decay. Fused: it can skip a step inside the kernel.
+def adamw(model, lr, betas=(0.9, 0.999), weight_decay=0.0):
+    """AdamW; the defaults are as published. Fused: it can skip a step inside the kernel.
 
     All parameters are listed, frozen ones too, since checkpoints count them.
     """
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+
+
+def make(kind, *settings):
+    """The optimizer of that kind, of OPTIMIZERS. settings: as adamw takes them."""
+    return MuonAdamW(*settings) if kind == "muon" else adamw(*settings)
 
 
 def clip_gradients(model, max_norm=None):
@@ -26,18 +34,19 @@ def clip_gradients(model, max_norm=None):
 
 
 class Schedule:
-    """Learning rate by steps taken: linear warm-up, then constant or cosine to zero at total.
+    """Learning rate by steps taken: linear warm-up, then constant or cosine to `lowest` at total.
 
     A skipped step must not advance it, and whether one was skipped only the device knows: so the count and
     the rate are tensors there, and the host never waits for them.
     """
 
-    def __init__(self, optimizer, kind, warmup, total, device):
+    def __init__(self, optimizer, kind, warmup, total, device, lowest=0.0):
         self.optimizer = optimizer
         self.kind = kind
         self.warmup = warmup
         self.total = total
         self.base = optimizer.param_groups[0]["lr"]
+        self.floor = lowest / self.base
         self.taken = torch.zeros((), device=device)
         self.varies = kind != "constant" or warmup > 0
         if self.varies:
@@ -62,6 +71,7 @@ class Schedule:
     def _set(self):
         factor = torch.clamp((self.taken + 1) / max(1, self.warmup), max=1)
         if self.kind == "cosine":
-            factor = factor * 0.5 * (1 + torch.cos(math.pi * torch.clamp(self.taken / self.total, max=1)))
+            wave = 0.5 * (1 + torch.cos(math.pi * torch.clamp(self.taken / self.total, max=1)))
+            factor = factor * (self.floor + (1 - self.floor) * wave)
         for group in self.optimizer.param_groups:
             group["lr"].copy_(self.base * factor)

@@ -9,7 +9,7 @@ from EqM.engine import prepare
 from EqM.engine.ema import EMA
 from EqM.engine.guard import StepGuard
 from EqM.run import checkpoint
-from EqM.transport import Transport, dispersive_loss
+from EqM.transport import C_DEFAULTS, Transport, dispersive_loss
 
 
 class Trainer:
@@ -26,18 +26,24 @@ class Trainer:
         self.run_in = run_in
         self.total_steps = total_steps
         self.model = model
-        self.ema = EMA(model, args.ema_decay)  # a copy of the network before anything is done to it
+        # Copies of the network before anything is done to it.
+        self.ema = EMA(model, args.ema_decay, args.ema_warmup, args.ema_std or ())
         self.network = prepare.for_training(model, run_in, args, ranks, tell)
-        self.optimizer = optim.adamw(model, args.lr)
-        self.schedule = optim.Schedule(self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device)
+        self.optimizer = optim.make(args.optimizer, model, args.lr, args.betas, args.weight_decay)
+        self.schedule = optim.Schedule(
+            self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device, args.min_lr
+        )
         self.scaler = run_in.grad_scaler()
         self.guard = StepGuard(run_in)
-        self.transport = Transport(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+        c = {name: getattr(args, name) for name in C_DEFAULTS}
+        self.transport = Transport(
+            args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps, **c
+        )
 
     def parts(self):
         """What a checkpoint keeps, by its key there."""
         return {
-            "model": self.model, "ema": self.ema.model, "opt": self.optimizer, "scaler": self.scaler,
+            "model": self.model, **self.ema.parts(), "opt": self.optimizer, "scaler": self.scaler,
             "schedule": self.schedule, "guard": self.guard,
         }  # fmt: skip
 
@@ -48,9 +54,13 @@ class Trainer:
         """
         parts = self.parts()
         checkpoint.load_weights(parts["model"], saved["model"], path, saved["args"])
-        checkpoint.load_weights(parts["ema"], saved["ema"], path, saved["args"])
+        averages = checkpoint.averages(saved)
+        for name, average in self.ema.models.items():
+            checkpoint.load_weights(average, averages.get(name, saved["ema"]), path, saved["args"])
         if "step" not in saved:  # published: the weights alone are a start
             return 0
+        if self.ema.counts:  # an average that is new to the run is as old as the run
+            self.ema.load_state_dict(saved.get("averaging") or {"updates": checkpoint.steps_taken(saved)})
         if "opt" in saved:
             checkpoint.load_optimizer(parts["opt"], saved["opt"])
         same_precision = saved.get("precision") == self.run_in.name

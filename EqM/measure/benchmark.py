@@ -2,9 +2,11 @@
 
     python -m EqM.measure.benchmark --model EqM-XL/2 --batch-size 64 --against plain --largest-batch
     python -m EqM.measure.benchmark --model EqM-S/4 --video --clip-len 4 --work encoding cached --against plain
+    python -m EqM.measure.benchmark --work loader --batch-size 64
 
 Every round times all contenders in turn, so that a machine whose speed drifts drifts for all of them. Our code and
-the usual recipe run in a process each: how ours sets up memory does not reach the other. See contenders.py.
+the usual recipe run in a process each: how ours sets up memory does not reach the other. See contenders.py, and for
+the work `loader`, in which there is no step, loaders.py.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from EqM import architecture, cli
 from EqM.engine import acceleration
+from EqM.measure import loaders
 from EqM.measure.contenders import OURS, PRECISIONS, RECIPES, resolve
 from EqM.measure.report import machine, table
 from EqM.models import EqM_models
@@ -38,7 +41,7 @@ LOADED = ("encoding", "cached")  # work whose inputs a loader reads ahead
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--work", nargs="+", choices=OURS, default=["train", "sample"], help="what to time: see README")
+    add("--work", nargs="+", choices=(*OURS, "loader"), default=["train", "sample"], help="what to time: see README")
     add("--precisions", nargs="+", choices=PRECISIONS, help="left out: all on a GPU, fp32 and bf16 on a CPU")
     add("--against", choices=("none", "plain"), default="none", help="plain: the usual recipe as well")
     add("--model", choices=EqM_models, default="EqM-B/4", metavar="EqM-{T,S,B,L,XL}/{2,4,8}", help="size and patch")
@@ -46,7 +49,7 @@ def parse_args():
     add("--video", action=argparse.BooleanOptionalAction, default=False, help="clips")
     add("--clip-len", type=cli.positive_int, default=4, help="frames of a clip")
     add("--batch-size", type=cli.positive_int, default=8, help="images or clips of a step")
-    add("--data-path", help="files for the work `encoding`; left out: some are made")
+    add("--data-path", help="files for the work `encoding` and `loader`; left out: some are made")
     add("--num-workers", type=cli.count, default=4, help="processes that read files or a cache")
     add("--inception", metavar="FILE", help="weights for the work `features`; left out: torch-fidelity's")
     add("--rounds", type=cli.positive_int, default=5, help="times each contender is timed")
@@ -224,7 +227,9 @@ def as_text(title, value):
         return "-"
     if title in ("spread", "of peak"):
         return f"{100 * value:.0f} %"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return str(value)
 
 
 def markdown(rows):
@@ -253,24 +258,29 @@ def main():
     args.precisions = args.precisions or (list(PRECISIONS) if device.type == "cuda" else ["fp32", "bf16"])
     args.steps = args.steps or (20 if device.type == "cuda" else 3)
     recipes = ["ours", "plain"] if args.against == "plain" else ["ours"]
-    rows = []
+    rows, loaded, works = [], [], [work for work in args.work if work != "loader"]
     args.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         processes = {recipe: stack.enter_context(ProcessPoolExecutor(1, spawn)) for recipe in recipes}
-        peaks = {name: processes["ours"].submit(matmul_peak, args, name).result() for name in args.precisions}
-        for work in args.work:
+        if "loader" in args.work:
+            loaded = stack.enter_context(ProcessPoolExecutor(1, spawn)).submit(loaders.contest, args).result()
+        if works:
+            peaks = {name: processes["ours"].submit(matmul_peak, args, name).result() for name in args.precisions}
+        for work in works:
             rows += contest(args, work, processes)
-    add_ratios(rows, peaks)
+    if works:
+        add_ratios(rows, peaks)
+        plot(rows).savefig(args.out / "benchmark.png", dpi=120)
     command = " ".join(["python -m EqM.measure.benchmark", *sys.argv[1:]])
     told = (
         "Medians over rounds; spread: fastest over slowest; a dash: does not fit in memory, or nothing to compare with."
     )
-    text = f"{machine(device)}, {date.today()}: `{command}`\n\n{markdown(rows)}\n{told}\n"
+    tables = "\n".join(markdown(each) for each in (rows, loaded) if each)
+    text = f"{machine(device)}, {date.today()}: `{command}`\n\n{tables}\n{told}\n"
     print(text)
     (args.out / "benchmark.md").write_text(text, encoding="utf-8")
-    (args.out / "benchmark.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    plot(rows).savefig(args.out / "benchmark.png", dpi=120)
+    (args.out / "benchmark.json").write_text(json.dumps(rows + loaded, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def open_out(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else described
-        differs = [name for name in described if theirs.get(name) != described[name]]
+        differs = [name for name in described if theirs.get(name, cli.SINCE_0_3.get(name)) != described[name]]
         if differs:
             raise UserError(f"--out {args.out} holds another comparison ({', '.join(differs)} differ); choose another")
         note.write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -178,7 +178,7 @@ def sampling_flags(args):
 def sampling_tasks(args, seeds):
     """Every checkpoint in every precision, from the noise and labels of --global-seed; whole folders return soon."""
     classes = [] if args.train else ["--classes", *DEMO_CLASSES]
-    how = [*sampling_flags(args), "--sampler", args.sampler, "--cfg-scale", args.cfg_scale, *classes]
+    how = [*cli.sampler_words(args), *classes]
     count = ["--num-fid-samples", args.num_samples, "--global-batch-size", min(64, args.num_samples)]
     return [
         (

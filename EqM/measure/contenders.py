@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from EqM import samplers, train
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader, media
-from EqM.data.files import open_files
+from EqM.data.tables import open_data
 from EqM.engine import precision, prepare
 from EqM.engine.ema import EMA
 from EqM.engine.trainer import Trainer
@@ -264,7 +264,7 @@ def from_files(args, run_in):
     vae = stable_diffusion_vae(run_in)
     with tempfile.TemporaryDirectory() as folder:
         settled = train_args(args, ["--data-path", args.data_path or make_files(args, Path(folder))])
-        dataset = open_files(settled, settled.flip)
+        dataset = open_data(settled, settled.flip)
         yield from loader.batches(settled, dataset, vae, distributed.Ranks(0, 1, run_in.device), 0, print)
 
 

@@ -21,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 from EqM import architecture, cli
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
-from EqM.data.files import open_files
+from EqM.data.tables import open_data
 from EqM.engine import precision
 from EqM.measure.report import table
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed, seeds
 from EqM.run.errors import UserError, reason
-from EqM.transport import PathPoint, Transport, dispersive_loss
+from EqM.transport import C_DEFAULTS, PathPoint, Transport, dispersive_loss
 
 GUIDANCE = (1.0, 1.5, 4.0)
 PARTS = {  # what to say of a kind of module, and its name in models.py
@@ -49,6 +49,8 @@ def parse_args():
     group = parser.add_argument_group("data" + cli.LEFT_OUT)
     group.add_argument("--data-path", help="folder of images or clips")
     group.add_argument("--csv", help="labels of a flat folder of clips")
+    group.add_argument("--image-column", help="of parquet, Arrow and hf: data; left out: found")
+    group.add_argument("--label-column", help="of such data; left out: found")
     group.add_argument("--latents", help="folder that extract_latents.py made, instead of --data-path")
     group = parser.add_argument_group("trajectories")
     group.add_argument("--stepsize", type=cli.positive, default=0.0017, help="eta, the step along the field")
@@ -356,7 +358,8 @@ def open_subject(args, path, device):
     saved = checkpoint.load(path)
     architecture.follow_checkpoint(args, saved["args"])
     if not (args.data_path or args.latents):
-        args.data_path, args.latents, args.csv = (saved["args"].get(name) for name in ("data_path", "latents", "csv"))
+        for name in ("data_path", "latents", "csv", "image_column", "label_column"):
+            setattr(args, name, saved["args"].get(name))
     if (args.data_path is None) == (args.latents is None):
         raise UserError("give either --data-path or --latents: the checkpoint does not say what it was trained on")
     model = architecture.build_model(args)
@@ -367,13 +370,14 @@ def open_subject(args, path, device):
     args.flip, args.frame_interval = False, None
     autoencoder = autoencoders.load(args.vae, precision.fp32(device))
     vae = autoencoder if isinstance(autoencoder, autoencoders.VAE) else None
-    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_files(args, flip=False)
+    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_data(args, flip=False)
     keys = next(iter(loader.Stream(len(dataset), args.batch_size, 0, 1, args.global_seed)))
     items, labels, _ = next(iter(loader.read(dataset, [keys], 0, False)))
     items = items.to(device)
     seeds.seed_step(args.global_seed, 0, 0)
     x1 = autoencoders.draw(items) if args.latents else autoencoder.encode(autoencoders.to_pixels(items))
-    transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
+    c = {name: saved["args"].get(name, default) for name, default in C_DEFAULTS.items()}
+    transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps, **c)
     ema = ema.to(device).eval()
     subject = Subject(
         model=model.to(device).eval(),

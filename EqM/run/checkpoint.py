@@ -6,6 +6,7 @@ it is used, since a file from elsewhere may hold anything.
 """
 
 import argparse
+import json
 import math
 import os
 import pickle
@@ -16,14 +17,13 @@ from pathlib import Path
 
 import torch
 
+from EqM.run import spellings
 from EqM.run.errors import UserError, reason
+from EqM.run.spellings import Unfit, brief
 
+BEST = "best.json"  # of a run folder: which checkpoint has the lowest figure, by --keep-best
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHOWN = 3  # how many differing keys a message names
-WRAPPERS = {"module", "_orig_mod"}  # what data parallelism, averaging and compilation put into names
-MODEL_KEYS = ("model", "state_dict", "model_state_dict")
-EMA_KEYS = ("ema", "ema_model", "model_ema", "ema_state_dict")
-MODEL_PARTS, EMA_PARTS = ("model", "net", "network"), EMA_KEYS  # of one state dict that holds several networks
 
 
 def save(path, state):
@@ -70,29 +70,36 @@ class _Writer:
         self.file.flush()
 
 
-def load(path):
-    """Read a checkpoint, of ours or published, or a bare state dict, onto the CPU.
+def load(path, flag="--ckpt"):
+    """Read a checkpoint, of ours or published, or a bare state dict, pickled or safetensors, onto the CPU.
 
     Returns a dict with at least `model`, `ema` and `args` (a plain dict, empty for a bare state dict). Where only one
-    of model and EMA is there, it stands for both, and `stand_in` names the one that is missing. Wrappers' prefixes
-    and Lightning's layout are undone where that is unambiguous.
+    of model and EMA is there, it stands for both, and `stand_in` names the one that is missing. Other code's names are
+    undone where that is unambiguous: see spellings.py.
     Only tensors, plain containers and argparse.Namespace are accepted; raises UserError for a file that
     would run code, is cut short, or is something else, or whose parts are not of the kind a resume needs.
+    flag: which named the file, for the message.
     """
-    content = _read(path)
+    try:
+        return _checked(_read(path))
+    except Unfit as unfit:
+        raise UserError(f"{flag} {path} {unfit}") from None
+
+
+def _checked(content):
     if not isinstance(content, dict) or not content:
-        raise UserError(f"--ckpt {path} holds no state dict")
+        raise Unfit("holds no state dict")
     if all(isinstance(value, torch.Tensor) for value in content.values()):
         content = {"model": content}
-    weights = _networks(path, content)
+    weights = spellings.networks(content)
     for name, (fits, kind) in PARTS.items():
         if content.get(name) is not None and not fits(content[name]):
-            raise UserError(f"--ckpt {path} is damaged or foreign: its {name} is not {kind}")
+            raise Unfit(f"is damaged or foreign: its {name} is not {kind}")
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
     if not isinstance(args, (dict, type(None))) or not all(isinstance(name, str) for name in args or {}):
-        raise UserError(f"--ckpt {path} is damaged or foreign: its args are {_brief(args)}, not names with values")
+        raise Unfit(f"is damaged or foreign: its args are {brief(args)}, not names with values")
     there = {key: value for key, value in content.items() if value is not None}
     return {**there, **weights, "args": dict(args or {})}
 
@@ -100,23 +107,61 @@ def load(path):
 def _read(path):
     try:
         if not Path(path).is_file():
-            raise UserError(f"--ckpt {path} is not a file")
+            raise Unfit("is not a file")
         open(path, "rb").close()
     except OSError as error:
-        raise UserError(f"--ckpt {path} cannot be read: {error.strerror}") from None
+        raise Unfit(f"cannot be read: {error.strerror}") from None
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # comes with diffusers
+
+            return load_file(path)
         with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             mapped = _is_zip(file) and _is_utf8(path)
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named:
-            raise UserError(f"--ckpt {path} is refused: loading it would run {named[1]}") from None
-        raise UserError(f"--ckpt {path} is not a PyTorch checkpoint or is damaged") from None
+            raise Unfit(f"is refused: loading it would run {named[1]}") from None
+        raise Unfit("is not a PyTorch checkpoint or is damaged") from None
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"--ckpt {path} is cut short or damaged: {reason(error)}") from None
+        raise Unfit(f"is cut short or damaged: {reason(error)}") from None
+
+
+def weights_named(saved, name, path, flag="--ckpt"):
+    """State dict of a loaded checkpoint's `model`, `ema`, or one of several averages, as ema-0.999 or ema-std-0.05.
+
+    Raises UserError with the names there are.
+    """
+    known = {"ema": saved["ema"], "model": saved["model"], **averages(saved)}
+    if name not in known:
+        raise UserError(f"--weights {name} is not in {flag} {path}; it has {', '.join(known)}")
+    return known[name]
+
+
+def averages(saved):
+    """State dicts of a loaded checkpoint's averages by name; the first decay's is what it calls plain ema."""
+    first = {average_name(decay): saved["ema"] for decay in decays_of(saved["args"])[:1]}
+    return first | {name: saved[name] for name in saved if isinstance(name, str) and name.startswith("ema-")}
+
+
+def steps_taken(saved):
+    """Steps that changed the weights of a loaded checkpoint, which FP16's skipped ones did not; None if unknown."""
+    taken = saved.get("schedule", {}).get("taken", saved.get("step"))
+    return None if taken is None else float(taken)
+
+
+def decays_of(args):
+    """The decays of --ema-decay, which args hold as a number where there is one; empty if they do not say."""
+    decay = args.get("ema_decay", [])
+    return [d for d in (decay if isinstance(decay, (list, tuple)) else [decay]) if _is_number(d)]
+
+
+def average_name(decay=None, std=None):
+    """What an average is called in a checkpoint and by --weights."""
+    return f"ema-{decay}" if std is None else f"ema-std-{std}"
 
 
 def _is_zip(file):
@@ -131,67 +176,6 @@ def _is_utf8(path):
         return bool(str(path).encode())
     except UnicodeEncodeError:
         return False
-
-
-def _brief(value):
-    text = repr(value)
-    return text if len(text) <= 40 else f"a {type(value).__name__}"
-
-
-def _networks(path, content):
-    """{"model", "ema"} of a checkpoint's content, as plain state dicts, and "stand_in" if one is missing."""
-    found = {}
-    for ours, keys in (("model", MODEL_KEYS), ("ema", EMA_KEYS)):
-        there = [key for key in keys if content.get(key) is not None]
-        if len(there) > 1 and there[0] != ours:
-            raise UserError(f"--ckpt {path} has {' and '.join(there)}: which is the {ours}? Keep one under {ours!r}")
-        if there:
-            state = content[there[0]]
-            if not isinstance(state, dict):
-                raise UserError(f"--ckpt {path} is damaged or foreign: its {there[0]} is {_brief(state)}, no weights")
-            for part, weights in _split(path, ours, state).items():
-                found.setdefault(part, weights)
-    weights = {ours: found[ours] for ours in ("model", "ema") if found.get(ours) or ours in content and ours in found}
-    missing = [ours for ours in ("model", "ema") if ours not in weights]
-    if len(missing) == 2 or missing and not any(weights.values()):
-        raise UserError(
-            f"--ckpt {path} has no {' and no '.join(missing)}; its keys are {', '.join(map(str, content))[:200]}"
-        )
-    if missing:
-        (there,) = weights.values()
-        weights |= {missing[0]: there, "stand_in": missing[0]}
-    return weights
-
-
-def _split(path, ours, state):
-    """One state dict as {"model" or "ema": plain state dict}: Lightning keeps both in one, under prefixes."""
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"--ckpt {path} is damaged or foreign: {name} of its {ours} is {_brief(value)}, no tensor")
-    state = _unwrapped(path, state)
-    heads = {name.split(".")[0] for name in state if "." in name}
-    parts = {"model": [head for head in MODEL_PARTS if head in heads], "ema": [h for h in EMA_PARTS if h in heads]}
-    if not any(parts.values()):
-        return {ours: state}
-    split = {}
-    for part, (head, *others) in ((part, heads) for part, heads in parts.items() if heads):
-        if others:
-            raise UserError(f"--ckpt {path} has {head} and {' and '.join(others)} in one state dict: which is it?")
-        inner = head + "."
-        split[part] = {name.removeprefix(inner): v for name, v in state.items() if name.startswith(inner)}
-    return {ours: split["model"]} if split.keys() == {"model"} else split
-
-
-def _unwrapped(path, state):
-    plain = {}
-    for name, value in state.items():
-        words = [word for word in name.split(".") if word not in WRAPPERS]
-        if name == "n_averaged":  # the counter of torch.optim.swa_utils.AveragedModel
-            continue
-        if ".".join(words) in plain:
-            raise UserError(f"--ckpt {path} has {'.'.join(words)} twice, with and without a wrapper's prefix")
-        plain[".".join(words)] = value
-    return plain
 
 
 def _is_whole(value):
@@ -258,6 +242,7 @@ PARTS = {
     "scaler": (_is_scaler, "what a GradScaler saves"),
     "schedule": (_are_counts("taken"), "a count of steps"),
     "guard": (_are_counts("skipped", "streak"), "counts of steps"),
+    "averaging": (_are_counts("updates"), "a count of steps"),
     "meter": (_is_meter, "sums and counts of every rank"),
 }
 
@@ -273,10 +258,10 @@ def check_args(args, kinds):
             continue
         if not isinstance(kind, type):
             if not isinstance(value, str) or value not in kind:
-                raise UserError(f"the checkpoint's {name} is {_brief(value)}, which is none of {', '.join(kind)}")
+                raise UserError(f"the checkpoint's {name} is {brief(value)}, which is none of {', '.join(kind)}")
         elif type(value) is not kind or (kind is int and value < 1):
             words = {int: "a whole number above 0", bool: "True or False", str: "a text"}[kind]
-            raise UserError(f"the checkpoint's {name} is {_brief(value)}, not {words}")
+            raise UserError(f"the checkpoint's {name} is {brief(value)}, not {words}")
 
 
 def load_weights(model, state, path, trained_with):
@@ -299,13 +284,13 @@ def load_weights(model, state, path, trained_with):
         source = f" It was trained with {', '.join(f'{k} {v}' for k, v in told.items())}." if told else ""
         raise UserError(f"--ckpt {path} does not fit this model: {shown}{more}.{source}")
     for key, value in state.items():
-        fault = _fault(value)
-        if fault:
-            raise UserError(f"--ckpt {path} cannot be used: {key} {fault}; take an earlier checkpoint")
+        wrong = fault(value)
+        if wrong:
+            raise UserError(f"--ckpt {path} cannot be used: {key} {wrong}; take an earlier checkpoint")
     model.load_state_dict(state)
 
 
-def _fault(value):
+def fault(value):
     """What is wrong with a tensor that should hold real, finite numbers, as words; None if nothing is."""
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
         return "is no plain tensor"
@@ -368,9 +353,19 @@ def all_of(folder):
 
 
 def prune(folder, keep):
-    """Remove all but the newest `keep` checkpoints of a run."""
+    """Remove all but the newest `keep` checkpoints of a run, and the best where one is known."""
+    best = _best(folder)
     for path in _in_order(folder)[:-keep]:
-        path.unlink(missing_ok=True)
+        if path.name != best:
+            path.unlink(missing_ok=True)
+
+
+def _best(folder):
+    """Name of the run's best checkpoint, None if that is not known."""
+    try:
+        return json.loads((Path(folder).parent / BEST).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_optimizer(optimizer, state):
@@ -391,7 +386,7 @@ def load_optimizer(optimizer, state):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = [key for key in moments if key not in theirs]
     if strangers:
-        raise UserError(f"the checkpoint's optimizer has a state of {_brief(strangers[0])}, which is no parameter")
+        raise UserError(f"the checkpoint's optimizer has a state of {brief(strangers[0])}, which is no parameter")
     clean = {
         number: _moments_of(number, parameter, moments[index])
         for number, (index, parameter) in enumerate(zip(theirs, parameters, strict=True))
@@ -404,21 +399,21 @@ def _moments_of(number, parameter, state):
     """The AdamW state of one parameter, checked: step, exp_avg, exp_avg_sq."""
     of = f"of parameter {number} in the checkpoint's optimizer"
     if not isinstance(state, dict) or state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-        keys = ", ".join(map(str, state)) if isinstance(state, dict) else _brief(state)
+        keys = ", ".join(map(str, state)) if isinstance(state, dict) else brief(state)
         raise UserError(f"the state {of} is {keys[:80]}, not AdamW's step, exp_avg and exp_avg_sq")
     step = torch.as_tensor(state["step"]) if _is_number(state["step"]) else state["step"]
-    if not (isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_complex()) or _fault(step.float()):
+    if not (isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_complex()) or fault(step.float()):
         raise UserError(f"the step {of} is no number")
     if step.item() < 0:
         raise UserError(f"the step {of} is {step.item():g}")
     for name in MOMENTS:
         value = state[name]
         if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not _is_real(value):
-            there = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else _brief(value)
+            there = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else brief(value)
             raise UserError(f"{name} {of} is {there}, not {tuple(parameter.shape)} torch.float32")
-        fault = _fault(value)
-        if fault or (name == "exp_avg_sq" and value.numel() and value.min() < 0):
-            raise UserError(f"{name} {of} {fault or 'holds negative values'}; take an earlier checkpoint")
+        wrong = fault(value)
+        if wrong or (name == "exp_avg_sq" and value.numel() and value.min() < 0):
+            raise UserError(f"{name} {of} {wrong or 'holds negative values'}; take an earlier checkpoint")
     # A fused kernel goes through memory, not through indices: a moment must lie there as its parameter does.
     laid_out = {
         name: state[name]

@@ -1,6 +1,7 @@
 """Processes and devices: one process or many under torchrun, on GPUs (NCCL) or CPUs (gloo)."""
 
 import ctypes
+import hashlib
 import itertools
 import os
 from dataclasses import dataclass
@@ -265,6 +266,17 @@ class StopRequest:
         self._flag = torch.tensor(int(self.asked))
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
+
+
+def is_first_to_say(line):
+    """Whether no other rank has said this line already, as far as they can still ask each other."""
+    if not dist.is_initialized():
+        return True
+    said = hashlib.blake2b(line.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"said/{said}", 1) == 1
+    except RuntimeError:  # the process that kept the store is gone
+        return True
 
 
 def all_agree(ok):

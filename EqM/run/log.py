@@ -1,9 +1,12 @@
 """What a run tells: log.txt, metrics.csv, loss.png, and trackers when asked for. Only the main rank writes."""
 
 import csv
+import os
 import sys
+import threading
 import time
 import uuid
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -18,16 +21,25 @@ try:
 except ImportError:  # Windows
     resource = None
 
-DRAWN = ("Train Loss", "Grad Norm")  # in loss.png
+PANELS = {  # of loss.png, and the figures each draws as far as there are any
+    "loss": ("Train Loss", "Val Loss", "EMA Val Loss"),
+    "gradient norm": ("Grad Norm",),
+    "FID": ("FID",),
+    "FVD": ("FVD",),
+}
+ALWAYS = ("loss", "gradient norm")
 
 
-def new_run_folder(args):
+def new_run_folder(args, suffix=""):
     """Make `results/NNN-EqM-S-4-Linear-velocity-None/checkpoints` with the next free number; returns the run's Path.
 
+    suffix: of the name, for what few runs have.
     Runs that start at the same moment get different numbers.
     """
     root = Path(args.results_dir)
-    kind = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
+    kind = (
+        f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}{suffix and '-' + suffix}"
+    )
     number = -1
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -76,6 +88,8 @@ class RunLog:
     def __init__(self, folder, args):
         self.folder = folder
         self.trackers = []
+        self._columns = []
+        self._one_line = threading.Lock()  # a checkpoint is told by the thread that wrote it
         if folder is not None:
             self._text = open(  # noqa: SIM115
                 folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace", buffering=1
@@ -89,11 +103,12 @@ class RunLog:
         if self.folder is None:
             return
         line = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {printable(message)}"
-        tqdm.write(line)
-        self._text.write(line + "\n")
+        with self._one_line:
+            tqdm.write(line)
+            self._text.write(line + "\n")
 
     def step(self, step, figures):
-        """Log figures, a dict in order of which "Train Loss" and "Train Steps/Sec" come first."""
+        """Log figures, a dict in order. Those of training begin with "Train Loss" and "Train Steps/Sec"."""
         if self.folder is None:
             return
         fields = ", ".join(f"{name}: {_format(name, value)}" for name, value in figures.items())
@@ -103,23 +118,29 @@ class RunLog:
             track(figures, step)
 
     def draw(self):
-        """Draw loss.png anew from metrics.csv: loss and gradient norm by step."""
+        """Draw loss.png anew from metrics.csv: losses and gradient norm by step."""
         if self.folder is None or not self._metrics.exists():
             return
         from matplotlib.figure import Figure  # takes a second to import
 
+        curves = {name: {} for names in PANELS.values() for name in names}
         with open(self._metrics, newline="", encoding="utf-8") as file:
-            rows = {}
             for row in csv.DictReader(file):
-                try:  # a kill may cut a row; a resumed run may say a step again
-                    rows[int(row["step"])] = [float(row[name]) for name in DRAWN]
-                except (KeyError, TypeError, ValueError):
+                if None in row.values():  # cut by a kill
                     continue
-        figure = Figure(figsize=(8, 6), layout="constrained")
-        for i, (axes, name) in enumerate(zip(figure.subplots(2, 1, sharex=True), DRAWN, strict=True)):
-            axes.plot(sorted(rows), [rows[step][i] for step in sorted(rows)], linewidth=1)
-            axes.set(ylabel=name, yscale="log")
+                for name, curve in curves.items():
+                    with suppress(KeyError, ValueError):  # a row of other figures
+                        curve[int(row["step"])] = float(row[name])  # a resumed run may say a step again
+        panels = [panel for panel, names in PANELS.items() if panel in ALWAYS or any(curves[name] for name in names)]
+        figure = Figure(figsize=(8, 3 * max(2, len(panels))), layout="constrained")
+        for axes, panel in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True):
+            drawn = [name for name in PANELS[panel] if curves[name]]
+            for name in drawn:
+                axes.plot(sorted(curves[name]), [curves[name][step] for step in sorted(curves[name])], linewidth=1)
+            axes.set(ylabel=panel, yscale="log")
             axes.grid(alpha=0.3)
+            if len(drawn) > 1:
+                axes.legend(drawn)
         axes.set_xlabel("step")
         figure.savefig(self.folder / "loss.png", dpi=120)
 
@@ -128,12 +149,26 @@ class RunLog:
         return self.folder / "metrics.csv"
 
     def _row(self, row):
-        new = not self._metrics.exists()
+        if not self._columns and self._metrics.exists():
+            with open(self._metrics, newline="", encoding="utf-8") as file:
+                self._columns = next(csv.reader(file), [])
+        if not self._columns or row.keys() - self._columns:
+            self._widen(row)
         with open(self._metrics, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _widen(self, names):
+        """Give metrics.csv columns of these names too; its rows stay, but for one that a kill cut."""
+        rows = []
+        if self._columns:
+            with open(self._metrics, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(self._columns)][1:]
+        new = [name for name in names if name not in self._columns]
+        self._columns += new
+        partial = self._metrics.with_suffix(".writing")
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self._columns, *(row + [""] * len(new) for row in rows)])
+        os.replace(partial, self._metrics)
 
 
 def _format(name, value):

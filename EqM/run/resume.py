@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +25,33 @@ except ImportError:  # Windows
 # What makes another model or learns from other data: --auto-resume goes on with no run in which one of these differs.
 IDENTITY = (
     "model", "image_size", "num_classes", "vae", "uncond", "ebm", "video", "clip_len", "patch_frames", "path_type",
-    "prediction", "loss_weight", "disp", "data_path", "latents", "global_seed",
+    "prediction", "loss_weight", "disp", "data_path", "latents", "global_seed", "init_from", "init_positions",
+    "weights", "c_schedule", "c_start", "c_peak", "c_scale",
 )  # fmt: skip
+STARTS = ("init_from", "init_positions", "weights")  # of IDENTITY, what a run that goes on has behind it
 # What changes the numbers of a run that goes on. With --grad-checkpointing or --num-workers they are the same.
 NUMBERS = (
-    "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "max_grad_norm",
-    "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
+    "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "ema_warmup",
+    "ema_std", "max_grad_norm", "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
+    "optimizer", "betas", "weight_decay", "min_lr",
 )  # fmt: skip
+# Of flags that checkpoints of before do not say, what was done then. Other flags that one side does not say agree.
+BEFORE = {
+    "c_schedule": "truncated", "c_start": 0.8, "c_peak": 1.0, "c_scale": 4.0,
+    "optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.0, "min_lr": 0.0,
+    "init_from": None, "init_positions": None, "weights": "ema", "ema_warmup": False, "ema_std": None,
+}  # fmt: skip
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
+HUB = "hf:"  # begins a --data-path that names a data set of Hugging Face, and no folder
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
 
 def same_path(a, b):
     """Whether two texts name one place: `dir`, `dir/`, `./dir`, the absolute path, a link to it."""
+    if str(a).startswith(HUB) or str(b).startswith(HUB):
+        return a == b
     try:
         return a == b or os.path.realpath(a) == os.path.realpath(b)
     except (TypeError, ValueError):  # one of them names no place at all
@@ -46,13 +60,20 @@ def same_path(a, b):
 
 def absolute(args):
     """args with places on this machine written so that they are found from another working directory too."""
-    places = {name: args[name] for name in (*PLACES, "vae") if args.get(name) and args[name] not in NO_PLACES}
-    return {**args, **{name: os.path.abspath(place) for name, place in places.items() if os.path.exists(place)}}
+    names = [name for name in (*PLACES, "vae", "init_from") if args.get(name) and args[name] not in NO_PLACES]
+    places = {name: str(args[name]) for name in names}
+    on_disk = {name: place for name, place in places.items() if not place.startswith(HUB) and os.path.exists(place)}
+    return {**args, **{name: os.path.abspath(place) for name, place in on_disk.items()}}
+
+
+def is_hub_name(vae):
+    """Whether a value of --vae is no place on this machine but user/name[/folder] of the hub. A folder goes first."""
+    return bool(HUB_NAME.fullmatch(str(vae))) and not os.path.isdir(vae)
 
 
 def same_vae(a, b):
     """Whether two values of --vae name one autoencoder, as far as names tell."""
-    return a == b if {a, b} & {*NO_PLACES} else same_path(a, b)
+    return a == b if {a, b} & {*NO_PLACES} or is_hub_name(a) or is_hub_name(b) else same_path(a, b)
 
 
 def data_digest(names, labels, paths=None):
@@ -109,7 +130,7 @@ def what_changed(saved, args, now, data=None):
     if "stand_in" in saved:
         changed.append(f"{saved['stand_in']} missing -> a copy of the other weights")
     same_data = _same_data(saved, data)
-    same = {*(PLACES if same_data else ()), *(() if now.get("device") == "cuda" else ("no_tf32",))}
+    same = {*STARTS, *(PLACES if same_data else ()), *(() if now.get("device") == "cuda" else ("no_tf32",))}
     if args.get("latents"):
         same.add("vae_precision")  # nothing is encoded
     names = [name for name in (*NUMBERS, *IDENTITY) if name not in same and _differs(name, theirs, args)]
@@ -147,8 +168,11 @@ def _same_data(saved, data):
 
 
 def _differs(name, theirs, ours):
-    """Whether a setting means something else there and here; what one of them does not say is the same."""
+    """Whether a setting means something else there and here; see BEFORE for what one of them does not say."""
+    theirs, ours = BEFORE | theirs, BEFORE | ours
     if name not in theirs or name not in ours:
+        return False
+    if name in STARTS and not ours.get("init_from"):  # nobody says how it began
         return False
     if name in ("clip_len", "patch_frames") and not ours.get("video"):
         return False
@@ -159,13 +183,15 @@ def _differs(name, theirs, ours):
         before, after = (str(args[name] or str(args["model"]).rpartition("/")[2]) for args in (theirs, ours))
     if name == "vae":
         return not same_vae(before, after)
-    if name in PLACES:
+    if name == "ema_decay":  # one may be given as a number
+        return checkpoint.decays_of(theirs) != checkpoint.decays_of(ours)
+    if name in PLACES or name == "init_from":
         return not same_path(before, after)
     return before != after
 
 
 def _arrow(name, before, after):
-    return f"{name} {before.get(name, 'unknown')} -> {after[name]}"
+    return f"{name} {(BEFORE | before).get(name, 'unknown')} -> {(BEFORE | after)[name]}"
 
 
 def going_on(path, changed):

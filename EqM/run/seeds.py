@@ -29,6 +29,43 @@ def coin(*numbers):
     return mix(*numbers) % 2 == 1
 
 
+def coins(seed, epochs, indices):
+    """What coin(seed, epoch, index) says of each, for arrays (N,) of both: bool (N,), below a microsecond each.
+
+    The arithmetic is that of NumPy's SeedSequence, whose numbers NumPy promises to keep: the words of the numbers fill
+    a pool of four, each of its words is mixed into the other three, and the first makes the first word that comes out.
+    """
+    epochs, indices = np.asarray(epochs), np.asarray(indices)
+    if seed >= 1 << 64 or max(epochs.max(initial=0), indices.max(initial=0)) >= 1 << 32:  # more than four words
+        return np.array([coin(seed, *map(int, pair)) for pair in zip(epochs, indices, strict=True)], bool)
+    words = [seed & 0xFFFFFFFF, seed >> 32] if seed >> 32 else [seed]
+    pool = np.zeros((4, len(indices)), np.uint32)
+    for row, word in zip(pool, (*words, epochs, indices), strict=False):
+        row[:] = word
+    pool = _hashed(pool, _POOL_CONSTANTS[:5])
+    for source in range(4):
+        others = [row for row in range(4) if row != source]
+        first = 4 + 3 * source
+        mixed = 0xCA01F9DD * pool[others] - 0x4973F715 * _hashed(pool[source], _POOL_CONSTANTS[first : first + 4])
+        pool[others] = mixed ^ mixed >> 16
+    return (_hashed(pool[:1], _OUT_CONSTANTS)[0] & 2) != 0  # mix drops the lowest bit
+
+
+def _powers(start, factor, count):
+    """start times 1, factor, its square, ..., modulo 2**32, as a column."""
+    return np.array([start * pow(factor, n, 1 << 32) % (1 << 32) for n in range(count)], np.uint32)[:, None]
+
+
+_POOL_CONSTANTS = _powers(0x43B0D7E5, 0x931E8875, 4 + 4 * 3 + 1)
+_OUT_CONSTANTS = _powers(0x8B51F9DD, 0x58F38DED, 2)
+
+
+def _hashed(words, constants):
+    """SeedSequence's hash of words (N,) or (k, N) by k + 1 of its constants in their order: uint32 (k, N)."""
+    words = (words ^ constants[:-1]) * constants[1:]
+    return words ^ words >> 16
+
+
 def generator(*numbers):
     """A CPU generator for the thing these numbers name."""
     return torch.Generator().manual_seed(mix(*numbers))

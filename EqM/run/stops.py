@@ -26,6 +26,19 @@ def interrupt(number):
     raise Interrupted(number)
 
 
+def end_at_once():
+    """End the process at a stop, with one line and 128 + the signal's number, until `handle` is called."""
+
+    def end(number, frame):
+        name = os.path.basename(sys.argv[0])
+        os.write(2, f"{name}: interrupted by {signal.Signals(number).name}: run the same command again\n".encode())
+        os._exit(128 + number)
+
+    for number in SIGNALS:
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+
+
 def handle(note):
     """Have note(number) called in the main thread at the first of SIGNALS; returns a function that undoes this.
 

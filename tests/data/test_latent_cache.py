@@ -18,9 +18,9 @@ from PIL import Image
 
 from EqM.data import autoencoder as latents
 from EqM.data import files as data
-from EqM.data import latent_cache
+from EqM.data import latent_cache, loader
 from EqM.engine.precision import Precision
-from EqM.run import resume
+from EqM.run import resume, seeds
 from EqM.run.errors import UserError
 from helpers import REPO
 
@@ -146,6 +146,22 @@ def test_items_are_found_across_shards_in_whatever_order_they_came(lay_out, tiny
     for index in range(COUNT):
         item, label, _ = cache[0, index]
         assert torch.equal(item, moments[index, 0]) and label == index % 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_its_items_whatever_shards_they_lie_in(whole, lay_out, tiny_vae, workers):
+    cache = latent_cache.LatentCache(whole, cache_args(tiny_vae, global_seed=3))
+    moments = lay_out()[2]
+    keys = [[(epoch, index) for index in (9, 0, 5, 4, 0)] for epoch in range(4)]
+    copies = set()
+    for batch, (items, labels, bad) in zip(keys, loader.read(cache, keys, workers, False), strict=True):
+        flips = [int(seeds.coin(3, *key)) for key in batch]
+        expected = [moments[index, flip] for (_, index), flip in zip(batch, flips, strict=True)]
+        assert torch.equal(items, torch.stack(expected)) and items.dtype == torch.float16
+        assert labels.tolist() == [1, 0, 1, 0, 0] and bad.tolist() == [-1] * 5
+        assert labels.dtype == bad.dtype == torch.int64
+        copies |= set(flips)
+    assert copies == {0, 1}
 
 
 def test_shards_are_neither_too_few_for_many_ranks_nor_too_many_to_be_open_at_once(tmp_path, monkeypatch):

@@ -139,3 +139,71 @@ def test_ema_starts_as_a_copy_of_its_own():
     assert torch.equal(weights(ema.model), weights(model)) and not ema.model.training
     ema.model[0].weight.add_(1)
     assert not torch.equal(weights(ema.model), weights(model))
+
+
+class Blocks(torch.nn.Module):
+    """Matrices below `blocks`, wide, tall and two alike, and what is none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = torch.nn.Embedding(3, 6)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(6, 4), torch.nn.Linear(4, 6), torch.nn.Linear(6, 4)])
+
+    def give_gradients(self, seed, bad=False):
+        torch.manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.grad = torch.randn_like(parameter) * (float("nan") if bad else 1)
+
+    def matrices(self):
+        return [block.weight for block in self.blocks]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_matrices_step_as_torchs_muon_and_the_rest_as_adamw(weight_decay):
+    ours, theirs = Blocks(), Blocks()
+    muon = optim.make("muon", ours, 1e-2, (0.8, 0.9), weight_decay)
+    settings = {"lr": 1e-2, "weight_decay": weight_decay}
+    references = [
+        torch.optim.Muon(theirs.matrices(), momentum=0.95, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.AdamW([p for p in theirs.parameters() if p.ndim < 2], betas=(0.8, 0.9), **settings),
+        torch.optim.AdamW([theirs.table.weight], betas=(0.8, 0.9), **settings),
+    ]
+    start = weights(ours)
+    for seed in range(4):
+        for model in (ours, theirs):
+            model.give_gradients(seed)
+        for each in (muon, *references):
+            each.step()
+    moved = (weights(ours) - start).norm()
+    assert (weights(ours) - weights(theirs)).norm() < 0.02 * moved, "rounding to BF16 alone"
+
+
+def test_a_skipped_step_of_muon_changes_nothing_and_the_next_is_as_if_it_had_not_been():
+    straight, skipping = Blocks(), Blocks()
+    optimizers = [optim.make("muon", model, 1e-2) for model in (straight, skipping)]
+    schedules = [optim.Schedule(each, "cosine", 2, 10, torch.device("cpu")) for each in optimizers]
+    for seed, bad in ((0, 0.0), (1, 1.0), (2, 0.0)):
+        for model, each, schedule in zip((straight, skipping), optimizers, schedules, strict=True):
+            if bad and model is straight:
+                continue
+            model.give_gradients(seed, bad)
+            each.found_inf = SKIPPED + bad
+            each.step()
+            schedule.advance(TAKEN - bad)
+    assert torch.equal(weights(straight), weights(skipping)) and torch.isfinite(weights(skipping)).all()
+    for one, other in zip(straight.matrices(), skipping.matrices(), strict=True):
+        buffers = [each.state[p]["momentum_buffer"] for each, p in zip(optimizers, (one, other), strict=True)]
+        assert torch.equal(*buffers)
+
+
+def test_the_cosine_ends_at_its_floor():
+    adamw = optim.adamw(model_with_gradients(), 0.1)
+    schedule = optim.Schedule(adamw, "cosine", 0, 10, torch.device("cpu"), lowest=0.02)
+    rates = []
+    for _ in range(12):
+        rates.append(adamw.param_groups[0]["lr"].item())
+        schedule.advance(TAKEN)
+    assert rates[0] == pytest.approx(0.1) and rates[5] == pytest.approx(0.06)
+    assert rates[10:] == pytest.approx([0.02, 0.02]) and rates == sorted(rates, reverse=True)

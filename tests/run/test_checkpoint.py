@@ -328,6 +328,14 @@ def layouts():
         "state_dict": ({"state_dict": model, "epoch": 3.5}, model, model),
         "ema_model": ({"model_state_dict": model, "ema_model": ema}, model, ema),
         "averaged": ({"model": model, "ema": {"n_averaged": torch.tensor(5), **under("module.", ema)}}, model, ema),
+        "timm": ({"state_dict": model, "state_dict_ema": ema}, model, ema),
+        "ema_pytorch": (
+            {"ema": {
+                **under("online_model.", model), **under("ema_model.", ema), "initted": torch.tensor(True),
+                "step": torch.tensor(7),
+            }},
+            model, ema,
+        ),
         "Lightning": (
             {"state_dict": {**under("model.", model), **under("ema.", ema)}, "pytorch-lightning_version": "2.4"},
             model, ema,

@@ -47,14 +47,16 @@ CHANGES = {
     "disp": True, "prediction": "noise", "path_type": "VP", "loss_weight": "velocity", "train_eps": 0.01, "ebm": "dot",
     "uncond": False, "vae": "ema", "vae_precision": "fp32", "compile": True, "frame_interval": 3,
     "global_batch_size": 8, "grad_accum_steps": 2, "global_seed": 5, "model": "EqM-S/4", "image_size": 16,
-    "num_classes": 4,
+    "num_classes": 4, "c_schedule": "linear", "c_start": 0.7, "c_peak": 2.0, "c_scale": 5.0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("saved", [SAVED, OLD])
 def test_a_setting_that_changes_numbers_is_named_with_both_values(saved, name):
-    assert changed(saved, **{name: CHANGES[name]}) == [f"{name} {ARGS[name]} -> {CHANGES[name]}"]
+    assert changed(saved, **{name: CHANGES[name]}) == [
+        f"{name} {ARGS.get(name, resume.BEFORE.get(name))} -> {CHANGES[name]}"
+    ]
 
 
 def test_several_changes_are_told_in_one_line():
@@ -152,6 +154,30 @@ def test_a_vae_by_name_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mse").symlink_to("ema")
     assert changed({**SAVED, "args": {**ARGS, "vae": "ema"}}, vae="mse") == ["vae ema -> mse"]
+
+
+def test_one_decay_is_the_same_as_a_number_and_in_a_list():
+    assert changed(ema_decay=[0.9999], ema_warmup=False, ema_std=None) == []
+    assert changed(ema_decay=[0.9999, 0.99]) == ["ema_decay 0.9999 -> [0.9999, 0.99]"]
+    assert changed(ema_warmup=True, ema_std=[0.1]) == ["ema_warmup False -> True", "ema_std None -> [0.1]"]
+
+
+def test_another_start_makes_another_run_and_is_nothing_to_a_run_that_goes_on(tmp_path):
+    """Left out, it says nothing: the run began long ago. A checkpoint that is older than the flag began without."""
+    start = str(tmp_path / "start.pt")
+    begun = {**SAVED, "args": {**ARGS, "init_from": start, "init_positions": None, "weights": "ema"}}
+    for saved, args, differs in [
+        (begun, {"init_from": start}, []),
+        (begun, {"init_from": f"{tmp_path}/./start.pt"}, []),
+        (begun, {"init_from": None}, []),
+        (begun, {"init_from": "other.pt"}, [f"init_from {start} -> other.pt"]),
+        (begun, {"init_from": start, "init_positions": "new"}, ["init_positions None -> new"]),
+        (begun, {"init_from": start, "weights": "model"}, ["weights ema -> model"]),
+        (SAVED, {"init_from": "other.pt"}, ["init_from None -> other.pt"]),
+    ]:
+        args = {**ARGS, "init_positions": None, "weights": "ema", **args}
+        assert resume.other_identity(saved, args, DATA) == differs
+        assert changed(saved, **args) == []
 
 
 def test_other_classes_are_refused_unless_asked_for():
@@ -275,3 +301,23 @@ def test_a_folder_that_is_called_like_a_published_autoencoder_is_not_one(tmp_pat
         args = resume.absolute({"vae": vae, "data_path": "data/", "latents": None})
         assert args == {"vae": kept, "data_path": str(tmp_path / "data"), "latents": None}
     assert not resume.same_vae("ema", str(tmp_path / "ema")) and resume.same_vae("own", str(tmp_path / "own") + "/")
+
+
+def test_a_data_set_of_the_hub_is_no_place_on_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf:user" / "set").mkdir(parents=True)
+    args = {"data_path": "hf:user/set", "latents": None, "vae": "none"}
+    assert resume.absolute(args) == args
+    assert resume.same_path("hf:user/set", "hf:user/set") and not resume.same_path("hf:user/set", "hf:user/set/")
+    assert not resume.same_path("hf:user/set", str(tmp_path / "hf:user" / "set"))
+
+
+def test_a_name_of_the_hub_is_no_place_unless_a_folder_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert all(map(resume.is_hub_name, ("user/name", "user/na-me.2/vae")))
+    assert not any(map(resume.is_hub_name, ("ema", "own", "./user/name", "../a/b", "/user/name", "user/name/", "")))
+    assert resume.same_vae("user/name", "user/name") and not resume.same_vae("user/name", str(tmp_path / "user/name"))
+    assert resume.absolute({"vae": "user/name"}) == {"vae": "user/name"}
+    (tmp_path / "user" / "name").mkdir(parents=True)
+    assert not resume.is_hub_name("user/name") and resume.same_vae("user/name", str(tmp_path / "user/name"))
+    assert resume.absolute({"vae": "user/name"}) == {"vae": str(tmp_path / "user/name")}

@@ -37,6 +37,17 @@ def test_coins_are_fair():
     assert 450 < sum(seeds.coin(0, 0, i) for i in range(1000)) < 550
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1, 2**64, 2**100])
+def test_many_coins_at_once_are_the_coins_one_by_one(seed):
+    """A cache of an older run is flipped as it was."""
+    rng = np.random.default_rng(0)
+    epochs, indices = rng.integers(0, 2**32, (2, 200))
+    epochs[:50], indices[25:75], indices[-1] = 0, 0, 2**32 - 1
+    expected = [seeds.coin(seed, epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]
+    assert seeds.coins(seed, epochs, indices).tolist() == expected
+    assert seeds.coins(seed, [7, 2**32], [3, 5]).tolist() == [seeds.coin(seed, 7, 3), seeds.coin(seed, 2**32, 5)]
+
+
 def test_the_streams_of_runs_on_disk_stay_what_they_were():
     """An older run resumes exactly only if these numbers never move."""
     assert seeds.mix(0, 7, 1) == 3590295894727386197

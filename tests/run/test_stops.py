@@ -218,6 +218,21 @@ def test_where_nothing_hears_stops_a_signal_is_one_line_and_its_status(capfd, na
     assert before == [signal.getsignal(each) for each in stops.SIGNALS]
 
 
+@pytest.mark.parametrize("command", ["train", "sample_gd", "extract_latents", "score"])
+def test_a_stop_while_a_command_imports_is_one_line(tmp_path, command):
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    words = [sys.executable, REPO / "EqM" / f"{command}.py"]
+    with subprocess.Popen(
+        words, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        err = process.communicate()[1]
+    assert process.returncode == 130
+    assert err == f"{command}.py: interrupted by SIGINT: run the same command again\n"
+
+
 HEARS = """
 import ctypes, time
 from EqM.run import stops

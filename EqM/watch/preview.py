@@ -1,7 +1,6 @@
 """What a run can draw so far: a contact sheet of EMA samples from the same noise each time."""
 
 from EqM.data import media
-from EqM.engine import prepare
 from EqM.pipeline import EqMPipeline
 
 SAMPLES = 16
@@ -11,14 +10,13 @@ POINTS, STEPSIZE = 51, 0.0085  # 50 updates that go as far as the published 250 
 class Preview:
     """Call it with a step: it writes `samples/0000100.png` beside the run's checkpoints.
 
-    folder: the run's. Nothing random of the run is touched.
+    folder: the run's. averaged: the averaged network, ready to be called. Nothing random of the run is touched.
     """
 
-    def __init__(self, folder, args, trainer, autoencoder, class_names):
+    def __init__(self, folder, args, trainer, averaged, autoencoder, class_names):
         self.folder = folder / "samples"
         self.cfg_scale = args.cfg_scale
-        model = prepare.for_averages(trainer.ema.model, trainer.run_in)
-        self.pipe = EqMPipeline(model, trainer.run_in, autoencoder, trainer.transport, class_names)
+        self.pipe = EqMPipeline(averaged, trainer.run_in, autoencoder, trainer.transport, class_names)
         self.labels = [i % len(class_names) for i in range(SAMPLES)]
         self.names = [class_names[label] for label in self.labels]
         self.noise = self.pipe.noise(range(SAMPLES), args.global_seed)

@@ -1,0 +1,274 @@
+"""What a training run takes on a card that one need not have: memory by part, largest batch, least time of a step.
+
+    python -m EqM.measure.estimate --model EqM-XL/2 --global-batch-size 64 --card h100
+    python -m EqM.measure.estimate --model EqM-S/4 --video --clip-len 4 --memory 12 --json estimate.json
+
+Takes train.py's flags, and needs neither data nor GPU nor network. The step of train.py runs on tensors without values,
+and what it holds, starts and moves is counted (see rehearsal.py); with --device cpu, as it runs on a CPU.
+"""
+
+import argparse
+import json
+import math
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from EqM import architecture, cli, train
+from EqM.data import loader
+from EqM.engine import precision
+from EqM.measure.cards import CARDS
+from EqM.measure.rehearsal import PARTS, rehearsal
+from EqM.measure.report import table
+from EqM.run.distributed import Ranks
+
+GIB = 2**30
+CONTEXT, SPARE = 1.0, 0.04  # allowances: GiB for CUDA's context and libraries, share that is lost between tensors
+TABLE_MODELS = {
+    **{f"EqM-{size}/2, 256 x 256": ["--model", f"EqM-{size}/2"] for size in ("S", "B", "L", "XL")},
+    **{f"EqM-{size}/4, clips": ["--model", f"EqM-{size}/4", "--video", "--clip-len", "4"] for size in ("S", "B")},
+}
+TABLE_MEMORY = (8, 12, 16, 24, 48, 80)  # GB
+SECONDS = ("product_seconds", "memory_seconds")
+NO_PLACE = "no cache"  # stands for a folder of latents where none was named
+AMPERE = (8, 0)  # what a card of which only the memory is known is taken for
+
+
+def parse_args(argv=None):
+    """(own flags, train.py's), of which none has to say where data is."""
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.usage = "python -m EqM.measure.estimate [--card CARD | --memory GB] [--ranks N] [flags of train.py]"
+    add = parser.add_argument
+    add("--card", choices=CARDS, help="whose memory and speed count; h100, unless --memory is given alone")
+    add("--memory", type=cli.positive, help="GB, as cards are labelled; left out: the card's")
+    add("--ranks", type=cli.positive_int, default=1, help="cards that share --global-batch-size")
+    add("--json", type=Path, help="file to write the figures to")
+    add("--table", action="store_true", help="instead: README's table of largest batches, which takes minutes")
+    given, rest = parser.parse_known_args(argv)
+    if not any(word.split("=")[0] in ("--data-path", "--latents") for word in rest):
+        rest = [*rest, "--latents", NO_PLACE]
+    args = train.parse_args(rest)
+    args.num_classes = args.num_classes or architecture.MODEL_DEFAULTS["num_classes"]
+    if args.device not in (None, "cuda", "cpu"):
+        parser.error(f"--device {args.device}: steps are counted for cuda, the default, or cpu")
+    given.card = CARDS[given.card or "h100"] if given.card or not given.memory else None
+    given.memory = given.memory or given.card.memory
+    return given, args
+
+
+def room(memory):
+    """Bytes for tensors on a card of so many GB."""
+    return int(GIB * (memory * (1 - SPARE) - CONTEXT))
+
+
+class Search:
+    """Largest batches of a Run, each counted. Its peak is taken to be convex in the batch.
+
+    (What rules a large batch grows evenly with it; what rules a small one, the optimizer's step say, does not grow.)
+    """
+
+    def __init__(self, run, passes=1):
+        self.run = run
+        self.passes = passes
+        self.steps = {}  # batch: Step
+
+    def step(self, batch):
+        if batch not in self.steps:
+            self.steps[batch] = self.run(batch, self.passes)
+        return self.steps[batch]
+
+    def largest(self, most):
+        """Largest batch with a peak of at most so many bytes; 0 if there is none. Two must have been counted."""
+        while True:
+            fit, over = self._sides(most)
+            if not fit and over[0].batch == 1:
+                return 0
+            if not fit:  # a line through two that are too large does not fall below the largest
+                self.step(max(1, min(over[0].batch - 1, _reach(over[1], over[0], most))))
+                continue
+            last = fit[-1].batch
+            top = _reach(fit[-2], fit[-1], most) if len(fit) > 1 else 4 * last  # nor does one through two that fit
+            top = min(top, over[0].batch - 1) if over else top
+            if top == last:
+                return last
+            self.step(min(top, max(last + 1, _reach(fit[-1], over[0], most))) if over else min(top, 16 * last))
+
+    def _sides(self, most):
+        """Steps that fit, and those that do not, by batch."""
+        ordered = [self.steps[batch] for batch in sorted(self.steps)]
+        return [step for step in ordered if step.peak <= most], [step for step in ordered if step.peak > most]
+
+
+def _reach(one, other, most):
+    """The batch at which the line through two steps' peaks reaches so many bytes; far off, where it does not rise."""
+    slope = (other.peak - one.peak) / (other.batch - one.batch)
+    return one.batch + math.floor((most - one.peak) / slope) if slope > 0 else 2 * max(one.batch, other.batch)
+
+
+def figures(args, name, given):
+    """(what --json holds of a precision, the largest batch where passes are added up, if one pass does not fit).
+
+    None if the card has no units for the precision.
+    """
+    card, passes = given.card, args.grad_accum_steps
+    if card and name != "fp32" and getattr(card, name) is None:
+        return None
+    batch = loader.micro_batch_size(args, Ranks(0, given.ranks, None))
+    with rehearsal(args, name, card.capability if card else AMPERE) as run:
+        search = Search(run, min(passes, 2))
+        step, other = search.step(batch), search.step(batch // 2 or 2)
+        largest = search.largest(room(given.memory))
+        first = run(batch) if passes > 2 else step
+        beside = largest  # with gradients of the passes before
+        if passes == 1 and step.peak > room(given.memory):
+            beside = search.largest(room(given.memory) - step.parts["gradients"])
+        tokens, channels = run.model.pos_embed.shape[1:]
+        depth = len(run.model.blocks)
+    kept = step.block - other.block
+    if args.ebm != "none":  # an energy's inner gradient keeps more than the forward pass through a block did
+        kept = (step.parts["activations"] - other.parts["activations"]) / depth
+    more = max(0, passes - 2)  # passes that were not counted, each like the second
+    operations = {key: value + more * (value - first.products[key]) for key, value in step.products.items()}
+    moved = step.moved + more * (step.moved - first.moved)
+    rate = _rates(card, name, not args.no_tf32)
+    return {
+        **step.parts,
+        "peak": step.peak,
+        "bytes_per_token_channel": round(kept / (step.batch - other.batch) / (tokens * channels), 2),
+        "largest_batch": largest,
+        "product_seconds": card and sum(value / rate(*key) for key, value in operations.items()) / 1e12,
+        "memory_seconds": card and moved / card.bandwidth / 1e9,
+        "kernels": step.kernels + more * (step.kernels - first.kernels),
+    }, beside
+
+
+def _rates(card, name, tf32):
+    """rate(kind, dtype) in TFLOP/s. As precision.activate has it, FP32 convolutions are TF32, and in FP32 runs all."""
+
+    def rate(kind, dtype):
+        if dtype != torch.float32:
+            return card.bf16 if dtype == torch.bfloat16 else card.fp16
+        return (tf32 and (name == "fp32" or kind == "convolution") and card.tf32) or card.fp32
+
+    return rate
+
+
+def ways(args, given, asked, known):
+    """Flags with which a step fits that does not as asked, the least costly first. known: figures by precision."""
+    total = args.global_batch_size // given.ranks
+    half = "bf16" if known["bf16"] else "fp16"
+    tried = [(asked, args.grad_checkpointing), (half, args.grad_checkpointing)]
+    tried += [(half, True)] if args.ebm == "none" else []
+    found = {}
+    for name, checkpointing in tried:
+        same = checkpointing == args.grad_checkpointing
+        settled = argparse.Namespace(**{**vars(args), "grad_checkpointing": checkpointing})
+        taken, beside = known[name] if same else figures(settled, name, given)
+        if taken["peak"] <= room(given.memory):
+            passes = args.grad_accum_steps
+        else:
+            fitting = (k for k in range(args.grad_accum_steps + 1, total + 1) if not total % k and total // k <= beside)
+            passes = next(fitting, None)
+        if passes:
+            words = [*precision.FLAGS[name], *(["--grad-checkpointing"] if checkpointing else [])]
+            words += ["--grad-accum-steps", str(passes)] if passes > 1 else []
+            found[" ".join(words)] = None
+    return list(found)
+
+
+def as_text(known):
+    """The figures as a Markdown table."""
+    titles = ["GiB", *PARTS, "peak", "largest batch", "bytes a token and channel", "products", "memory", "kernels"]
+    rows = []
+    for name, each in known.items():
+        taken = each and each[0]
+        if not taken:
+            rows.append([name, *["-"] * (len(titles) - 1)])
+            continue
+        times = ("-" if taken[key] is None else f"{1e3 * taken[key]:.3g} ms" for key in SECONDS)
+        sizes = (f"{taken[part] / GIB:.2f}" for part in (*PARTS, "peak"))
+        kept = f"{taken['bytes_per_token_channel']:.1f}"
+        rows.append([name, *sizes, taken["largest_batch"], kept, *times, taken["kernels"]])
+    return table(titles, rows)
+
+
+def verdict(args, given, known):
+    """Whether the step fits as it was asked for, and if not, what would make it."""
+    asked = precision.name_of(args)
+    if not known[asked]:
+        return f"{given.card.name} has no units for {asked}; train.py refuses it there."
+    peak, most = known[asked][0]["peak"], room(given.memory)
+    of = f"{peak / GIB:.1f} of {most / GIB:.1f} GiB in {asked}"
+    if peak <= most:
+        return f"It fits: {of}."
+    found = ways(args, given, asked, known)
+    return f"It does not fit: {of}. " + (f"What fits: {'; '.join(found)}." if found else less(known[asked][0]))
+
+
+def less(taken):
+    lasting = sum(taken[part] for part in ("weights", "gradients", "moments", "ema"))
+    return f"No flag helps: weights, gradients, moments and averages alone are {lasting / GIB:.1f} GiB."
+
+
+def notes(args, given):
+    """What the figures are of, and what is not in them."""
+    card = given.card
+    lines = [
+        f"Each part's own most; peak is the most of all at one moment. Of {given.memory:g} GB, {CONTEXT:g} GiB are left "
+        f"to CUDA's context and libraries and {SPARE:.0%} to gaps between tensors: allowances, not counted."
+    ]
+    if card:
+        lines.append(
+            f"Times are least ones, on {card.name} ({card.source}). Products: at its full dense rate. Memory: bytes of "
+            f"all else, each operand once, at {card.bandwidth:g} GB/s. Without --compile a step takes at least both."
+        )
+    else:
+        lines.append("No times: --card says whose.")
+    if not torch.backends.cuda.is_built() and args.device != "cpu":
+        lines.append(
+            "This PyTorch has no CUDA: a card's kernels were counted on CPU tensors, the autoencoder's norms in 16 bits."
+        )
+    if args.compile:
+        lines.append("--compile is not counted: it fuses what is not a product, so that kernels and bytes are fewer.")
+    if args.latents == NO_PLACE:
+        lines.append("Latents come from a cache; with --data-path DIR, which need not exist, encoding is counted.")
+    return lines
+
+
+def largest_batches(tell):
+    """README's table: largest batch of a forward pass, without and with --grad-checkpointing."""
+    rows = []
+    for model, words in TABLE_MODELS.items():
+        for name in ("fp32", "bf16"):
+            found = []
+            for checkpointing in ([], ["--grad-checkpointing"]):
+                _, args = parse_args([*words, *checkpointing])
+                with rehearsal(args, name) as run:
+                    search = Search(run)
+                    search.step(8), search.step(16)
+                    found.append([search.largest(room(memory)) for memory in TABLE_MEMORY])
+            rows.append([model, name.upper(), *(f"{plain} / {less}" for plain, less in zip(*found, strict=True))])
+            tell(" ".join(map(str, rows[-1])))
+    return table(["model", "", *(f"{memory} GB" for memory in TABLE_MEMORY)], rows)
+
+
+def main():
+    given, args = parse_args()
+    command = " ".join(["python -m EqM.measure.estimate", *sys.argv[1:]])
+    print(f"Counted, not measured; PyTorch {torch.__version__}, {date.today()}: `{command}`\n")
+    if given.table:
+        print(largest_batches(lambda line: print(line, file=sys.stderr)))
+        return
+    known = {name: figures(args, name, given) for name in precision.FLAGS}
+    batch = loader.micro_batch_size(args, Ranks(0, given.ranks, None))
+    print(f"{args.model}; on each of {given.ranks} card(s) {batch} a pass, {args.grad_accum_steps} pass(es) a step")
+    print(f"\n{as_text(known)}\n{verdict(args, given, known)}\n")
+    print("\n".join(notes(args, given)))
+    if given.json:
+        given.json.write_text(json.dumps({name: each and each[0] for name, each in known.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

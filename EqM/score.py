@@ -1,0 +1,176 @@
+"""Score files by how far a model holds them from its data: by energy, or by the norm of its field.
+
+    python EqM/score.py --ckpt CHECKPOINT --data-path DIR
+    python EqM/score.py --ckpt CHECKPOINT --data-path DIR --against OTHER
+
+Writes scores.csv, a histogram and a picture of the lowest and the highest files. With --against it prints how well the
+score tells the two folders apart, where the first one counts as data.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not __package__:  # run by its path: import the package beside this file, whatever else is installed
+    sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+if __name__ == "__main__":
+    from EqM.run import stops
+
+    stops.end_at_once()  # until main handles them: what follows takes seconds to import
+
+import csv
+
+import numpy as np
+import torch
+
+from EqM import cli
+from EqM.data import files, loader, media
+from EqM.engine import precision
+from EqM.pipeline import EqMPipeline
+from EqM.run import checkpoint, distributed
+from EqM.run.errors import UserError, printable
+from EqM.run.log import progress
+
+SHOWN = 8  # lowest and highest files in the picture
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    cli.add_model(parser, from_checkpoint=True)
+    cli.add_encoding(parser, from_checkpoint=True)
+    cli.add_transport(parser, from_checkpoint=True)
+    precision.add_flags(parser)
+    cli.add_runtime(parser)
+    group = parser.add_argument_group("scores")
+    group.add_argument("--ckpt", required=True, help="checkpoint; its EMA weights judge")
+    group.add_argument("--data-path", required=True, help="files to score: <class>/<file>, or a flat folder")
+    group.add_argument("--against", help="another such folder, of what is not the data")
+    group.add_argument(
+        "--class", dest="label", metavar="CLASS",
+        help="judge every file under this class, by name or number, or under none; left out: each under the class of "
+        "its folder, and under none with --against",
+    )  # fmt: skip
+    group.add_argument("--folder", default="scores", help="where scores.csv and the pictures go")
+    group.add_argument("--batch-size", type=cli.positive_int, default=64, help="files at once")
+    group.add_argument("--num-workers", type=cli.count, default=4, help="decoding processes")
+    group.add_argument("--max-bad-fraction", type=cli.fraction, default=0.01, help="files that may fail to decode")
+    return parser.parse_args()
+
+
+def open_files(path, args):
+    """What to score in a folder, as LabelledFiles; in a flat one the only class is None."""
+    if Path(path).is_dir() and not any(entry.is_dir() for entry in Path(path).iterdir()):
+        paths = files.flat_files(path, args.video)
+        labels, class_names = [0] * len(paths), [None]
+    else:
+        paths, labels, class_names = files.find_files(path, args.video)
+    clip_len = args.clip_len if args.video else None
+    return files.LabelledFiles(paths, labels, class_names, args.image_size, clip_len, flip=False)
+
+
+def labels_of(pipe, dataset, wanted):
+    """The model's label for each class of a dataset. wanted: one for all, None for each class's own."""
+    null = pipe.model.num_classes
+    names = dataset.class_names if wanted is None else [wanted] * len(dataset.class_names)
+    try:
+        return [null if name in (None, "none") else pipe.labels([name], [0])[0] for name in names]
+    except UserError as error:
+        raise UserError(f"{error}; --class none judges files of any class") from None
+
+
+def scores(pipe, dataset, labels, args, name):
+    """(numbers of the files that could be read, their scores in FP64), in order. labels: for the dataset's classes."""
+    keys = [[(0, i) for i in range(n, min(n + args.batch_size, len(dataset)))]
+            for n in range(0, len(dataset), args.batch_size)]  # fmt: skip
+    bad_files = loader.BadFiles(dataset, args.max_bad_fraction, lambda line: cli.complain(line))
+    labels, found = torch.tensor(labels), []
+    for pixels, classes, bad in progress(
+        loader.read(dataset, keys, args.num_workers, pipe.device.type == "cuda"), desc=name, total=len(keys)
+    ):
+        bad_files.note(bad)
+        x = pipe.encode(pixels.movedim(1, -1))
+        found.append((bad < 0, pipe.score(x, labels[classes])))  # a bad file has another one in its place
+    good = torch.cat([part for part, _ in found]).numpy()
+    values = torch.cat([part for _, part in found]).double().cpu().numpy()
+    if not np.isfinite(values[good]).all():
+        raise UserError(f"a score in {name} is not finite in {pipe.run_in.name.upper()}; try FP32")
+    return np.flatnonzero(good), values[good]
+
+
+def auroc(data, others):
+    """Chance that one of the others scores higher than one of the data, ties counting half (Mann and Whitney 1947)."""
+    data = np.sort(data)
+    below, not_above = np.searchsorted(data, others, "left"), np.searchsorted(data, others, "right")
+    return float((below + not_above).mean() / (2 * len(data)))
+
+
+def main():
+    args = parse_args()
+    ranks = distributed.setup(args.device)
+    if ranks.world_size > 1:
+        raise UserError("score.py runs as one process; start it without torchrun")
+    run_in = precision.activate_flags(args, ranks.device)
+    pipe = EqMPipeline.from_saved(checkpoint.load(args.ckpt), args.ckpt, args, run_in)
+    wanted = "none" if args.against and args.label is None else args.label
+    folders = [path for path in (args.data_path, args.against) if path]
+    datasets = [open_files(path, args) for path in folders]
+    labels = [labels_of(pipe, dataset, wanted) for dataset in datasets]
+    folder = Path(args.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--folder {printable(folder)} cannot be made: {error.strerror}") from None
+
+    judged = [scores(pipe, *each, args, path) for *each, path in zip(datasets, labels, folders, strict=True)]
+    kind = "norm of the field" if pipe.model.ebm == "none" else "energy"
+    write_table(folder / "scores.csv", pipe, folders, datasets, labels, judged)
+    draw_histogram(folder / "histogram.png", kind, folders, judged)
+    draw_extremes(folder / "extremes.png", datasets, judged)
+    for path, (_, values) in zip(folders, judged, strict=True):
+        print(f"{kind} of {len(values)} files in {path}: mean {values.mean():.4g}, deviation {values.std():.4g}")
+    if args.against:
+        print(f"AUROC {auroc(judged[0][1], judged[1][1]):.2f}")
+    print(f"Wrote scores.csv, histogram.png and extremes.png to {folder}")
+    distributed.cleanup()
+
+
+def write_table(path, pipe, folders, datasets, labels, judged):
+    """scores.csv: folder, file, the class it was judged under, score."""
+    names = [*map(printable, pipe.class_names), "none"]  # the null label follows the last
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["folder", "file", "class", "score"])
+        for folder, dataset, own, (indices, values) in zip(folders, datasets, labels, judged, strict=True):
+            for index, value in zip(indices, values, strict=True):
+                name = Path(dataset.path(index)).relative_to(folder)
+                rows.writerow([printable(folder), printable(name), names[own[dataset.labels[index]]], f"{value:.8g}"])
+
+
+def draw_histogram(path, kind, folders, judged):
+    """The scores of each folder over one axis."""
+    from matplotlib.figure import Figure  # seconds to import, and --help does without
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=kind, ylabel="share of files")
+    edges = np.histogram_bin_edges(np.concatenate([values for _, values in judged]), bins=40)
+    for folder, (_, values) in zip(folders, judged, strict=True):
+        weights = np.full(len(values), 1 / len(values))
+        axes.hist(values, edges, weights=weights, alpha=0.6, label=printable(folder))
+    axes.legend()
+    figure.savefig(path)
+
+
+def draw_extremes(path, datasets, judged):
+    """The files of lowest and highest score over all folders, each with its score and name."""
+    every = [(value, dataset, index) for dataset, part in zip(datasets, judged, strict=True)
+             for index, value in zip(*part, strict=True)]  # fmt: skip
+    every.sort(key=lambda each: each[0])
+    shown = every[:SHOWN] + every[max(SHOWN, len(every) - SHOWN) :]
+    pixels = [dataset.read(index, 0).numpy() for _, dataset, index in shown]
+    clips = [item.transpose(1, 2, 3, 0) if item.ndim == 4 else item.transpose(1, 2, 0)[None] for item in pixels]
+    names = [f"{value:.4g} {printable(Path(dataset.path(index)).name)}" for value, dataset, index in shown]
+    media.contact_sheet(clips, names, columns=SHOWN if clips[0].shape[0] == 1 else 2).save(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""What one looks at while a run trains; nothing here changes the run."""

@@ -1,0 +1,114 @@
+"""Loss on items that are not trained on, at the same times and with the same noise whenever it is asked for.
+
+Letters: N items of a batch, C channels, T frames, h w height and width in latent units.
+"""
+
+from argparse import Namespace
+
+import numpy as np
+import torch
+
+from EqM.data import autoencoder as autoencoders
+from EqM.data import latent_cache, loader
+from EqM.data.tables import open_data
+from EqM.run import distributed, seeds
+from EqM.run.errors import UserError, printable
+
+BINS = 5  # equal parts of the times, each with as many items
+TIME, NOISE = 1 << 20, (1 << 20) + 1  # name the draws of an item's time and noise
+
+
+def open_items(args, class_names):
+    """What --val-path or --val-latents holds, not mirrored and always the same window of a clip; None without them.
+
+    Raises UserError if it cannot be read, or has a class that is not one of class_names.
+    """
+    if not (args.val_path or args.val_latents):
+        return None
+    args = Namespace(**{**vars(args), "data_path": args.val_path, "csv": None, "flip": False})
+    dataset = latent_cache.LatentCache(args.val_latents, args) if args.val_latents else open_data(args, flip=False)
+    unknown = sorted(set(dataset.class_names) - set(class_names))
+    if unknown:
+        flag = "--val-latents" if args.val_latents else "--val-path"
+        raise UserError(f"{flag} has classes that are not trained: {', '.join(map(printable, unknown[:5]))}")
+    return dataset
+
+
+class HeldOut:
+    """Call it with a step: it logs the loss of the model and of its average, in the run's precision.
+
+    Every rank takes its share of the items. An item's time and noise depend on its number and the run's seed alone;
+    labels are never dropped. Items are encoded here, once, by the posterior's mean, and stay in the host's memory.
+    dataset: of open_items. averaged: the averaged network, ready to be called. class_names: that labels stand for.
+    Raises UserError if too many items cannot be read.
+    """
+
+    def __init__(self, args, ranks, trainer, averaged, autoencoder, dataset, class_names, log):
+        self.log = log
+        self.trainer = trainer
+        self.averaged = averaged
+        self.batch_size = loader.micro_batch_size(args, ranks)
+        taken = np.linspace(0, len(dataset) - 1, min(len(dataset), args.val_items)).round().astype(int).tolist()
+        share = -(-len(taken) // ranks.world_size)
+        places = [ranks.rank + n * ranks.world_size for n in range(share)]
+        # All ranks call the network as often, as a sharded one needs; what stands in for a missing item counts nothing.
+        self.counts = torch.tensor([float(place < len(taken)) for place in places])
+        self.indices = [taken[min(place, len(taken) - 1)] for place in places]
+        self.bins = torch.tensor([place % BINS for place in places])
+        self.seed = args.global_seed
+        within = [torch.rand(1, generator=seeds.sample_generator(self.seed, index, TIME)) for index in self.indices]
+        self.times = (self.bins + torch.cat(within)) / BINS
+        labels = [class_names.index(name) for name in dataset.class_names]
+        self._read(args, dataset, autoencoder, ranks.device, torch.tensor(labels))
+
+    def _read(self, args, dataset, autoencoder, device, labels):
+        keys = [[(0, index) for index in part] for part in _parts(self.indices, self.batch_size)]
+        bad_files = loader.BadFiles(dataset, args.max_bad_fraction, self.log.info)
+        latents, classes = [], []
+        for items, own, bad in loader.read(dataset, keys, args.num_workers, device.type == "cuda"):
+            bad_files.note(bad)  # another of its class stands in
+            encoded = items[:, 0].float()
+            if not args.val_latents:
+                encoded = autoencoder.mean(autoencoders.to_pixels(items.to(device)))
+            latents.append(encoded.cpu())
+            classes.append(labels[own])
+        self.latents, self.labels = torch.cat(latents), torch.cat(classes)
+
+    def __call__(self, step):
+        model = self.trainer.model
+        model.eval()  # which drops no labels
+        try:
+            figures = {**self._figures("Val Loss", model), **self._figures("EMA Val Loss", self.averaged)}
+        finally:
+            model.train()
+        self.log.step(step, figures)
+
+    def _figures(self, name, model):
+        sums = torch.zeros(2, BINS, dtype=torch.float64, device=self.trainer.run_in.device)
+        for part in _parts(range(len(self.indices)), self.batch_size):
+            self._add(sums, model, slice(part[0], part[-1] + 1))
+        total, count = distributed.mean(sums).cpu()
+        each = {f"{name} t {i / BINS:g}-{(i + 1) / BINS:g}": v for i, v in enumerate((total / count).tolist())}
+        return {name: (total.sum() / count.sum()).item(), **each}
+
+    @torch.no_grad()
+    def _add(self, sums, model, rows):
+        """Add the losses of some items, and their number, to their bins. sums: (2, BINS)."""
+        device, transport = sums.device, self.trainer.transport
+        x1 = self.latents[rows].to(device)
+        noise = [
+            torch.randn(x1.shape[1:], generator=seeds.sample_generator(self.seed, index, NOISE))
+            for index in self.indices[rows]
+        ]
+        start, end = transport.interval(transport.train_eps)
+        t = (start + (end - start) * self.times[rows]).to(device)
+        point = transport.plan(torch.stack(noise).to(device), x1, t)
+        with self.trainer.run_in.autocast():
+            output = model(point.xt, point.t, self.labels[rows].to(device))
+        counts = self.counts[rows].to(device)
+        losses = torch.where(counts > 0, transport.loss(output, point), 0)
+        sums.index_add_(1, self.bins[rows].to(device), torch.stack([losses, counts]).double())
+
+
+def _parts(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
