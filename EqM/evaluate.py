@@ -128,7 +128,8 @@ def judged(args, run_in, vae_in, tell):
         how = {name: getattr(args, name) for name in cli.DESCENT}
         about = {
             "weights": args.weights, "sampler": how, "classes": args.classes, "seed": args.global_seed,
-            "batch_size": args.batch_size, "precision": run_in.name, "vae": flags.vae, "vae_precision": args.vae_precision,
+            "batch_size": args.batch_size, "precision": run_in.name, "vae": flags.vae,
+            "vae_precision": args.vae_precision,
         }  # fmt: skip
         weights = checkpoint.weights_named(saved, args.weights, path)
         recipe = [checkpoint.fingerprint(weights), count, shape, flags.sample_eps, about] if args.json else None
