@@ -147,7 +147,7 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images):
-        images = images.to(self.device).movedim(-1, 1)
+        images = images.to(self.device).movedim(-1, 1).contiguous()  # else last digits differ from torch-fidelity's
         pooled, spatial = [], []
         with _ieee(self.device):
             for part, real in _batches(images, self.batch):

@@ -39,7 +39,7 @@ def test_features_are_torch_fidelitys(inception_file, images, found):
     kept = []
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, result: kept.append(result))
     with torch.no_grad():
-        pooled = theirs(images[:4].movedim(-1, 1))[0]
+        pooled = theirs(images[:4].movedim(-1, 1).contiguous())[0]
     assert torch.equal(found[0][:4], pooled) and pooled.std(0).mean() > 1e-3
     spatial = kept[0][0]  # (192, 17, 17), of the first image
     assert spatial.shape == (192, 17, 17) and spatial.min() == 0, "after the ReLU"
