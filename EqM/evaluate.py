@@ -38,8 +38,8 @@ def parse_args():
     group = parser.add_argument_group("what is judged, and against what")
     judged = group.add_mutually_exclusive_group(required=True)
     judged.add_argument("--samples", help="folder of images or clips, npz with arr_0, or latent cache to decode")
-    judged.add_argument("--ckpt", nargs="+", help="checkpoints, or run folders for all of theirs; EMA is sampled")
-    judged.add_argument("--make-reference", metavar="DIR", help="data folder or latent cache to make --out of")
+    judged.add_argument("--ckpt", nargs="+", help="checkpoints, or run folders for all of theirs")
+    judged.add_argument("--make-reference", metavar="DIR", help="data set or latent cache to make --out of")
     group.add_argument("--reference", help="folder, npz with arr_0, latent cache, ADM's reference npz, or ours")
     group.add_argument("--out", help="npz that --make-reference writes")
     group.add_argument("--inception", metavar="FILE", help="weights of Inception; left out: torch-fidelity's")
@@ -53,13 +53,16 @@ def parse_args():
     precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("samples of checkpoints")
+    group.add_argument("--weights", default="ema", help="ema, model, or one of several averages, as ema-0.999")
     group.add_argument("--num-fid-samples", type=cli.positive_int, help="left out: 50,000 images, 2,048 clips")
     group.add_argument("--batch-size", type=cli.positive_int, default=64, help="samples at once, per rank")
     group.add_argument("--classes", nargs="+", default=["all"], help="names or numbers in turn; all: equally often")
     group.add_argument("--keep-samples", metavar="DIR", help="write them there")
     acceleration.add_compile(group)
-    group = parser.add_argument_group("reference from clips")
+    group = parser.add_argument_group("data of --make-reference")
     group.add_argument("--csv", help="labels of a flat folder of clips: video_name,tag")
+    group.add_argument("--image-column", help="of parquet, Arrow and hf: data; left out: found")
+    group.add_argument("--label-column", help="of such data; left out: found")
     group.add_argument("--frame-interval", type=cli.positive_int, help="as in training; left out: whole clip")
     args = parser.parse_args()
     if bool(args.make_reference) == bool(args.reference):
@@ -106,7 +109,7 @@ def to_make(args, vae_in):
     for name in ("image_size", "video", "clip_len"):
         if getattr(args, name) is None:
             setattr(args, name, architecture.MODEL_DEFAULTS[name])
-    return sources.folder_as_trained(args.make_reference, args)
+    return sources.data_as_trained(args.make_reference, args)
 
 
 def judged(args, run_in, vae_in, tell):
@@ -118,16 +121,18 @@ def judged(args, run_in, vae_in, tell):
     for path in paths:
         flags = argparse.Namespace(**vars(args))  # which the checkpoint fills in
         saved = checkpoint.load(path)
-        pipe = EqMPipeline.from_saved(saved, path, flags, run_in, compile=args.compile, tell=tell)
+        pipe = EqMPipeline.from_saved(saved, path, flags, run_in, args.weights, args.compile, tell)
         count = args.num_fid_samples or COUNT[flags.video]
         side = (flags.image_size, flags.image_size, 3)
         shape = (flags.clip_len, *side) if flags.video else side
         how = {name: getattr(args, name) for name in cli.DESCENT}
         about = {
-            "sampler": how, "classes": args.classes, "seed": args.global_seed, "batch_size": args.batch_size,
-            "precision": run_in.name, "vae": flags.vae, "vae_precision": args.vae_precision,
+            "weights": args.weights, "sampler": how, "classes": args.classes, "seed": args.global_seed,
+            "batch_size": args.batch_size, "precision": run_in.name, "vae": flags.vae,
+            "vae_precision": args.vae_precision,
         }  # fmt: skip
-        recipe = [checkpoint.fingerprint(saved["ema"]), count, shape, flags.sample_eps, about] if args.json else None
+        weights = checkpoint.weights_named(saved, args.weights, path)
+        recipe = [checkpoint.fingerprint(weights), count, shape, flags.sample_eps, about] if args.json else None
         keep = args.keep_samples and (Path(args.keep_samples) / path.stem if len(paths) > 1 else args.keep_samples)
         source = sources.Drawn(pipe, count, shape, how, args.classes, args.global_seed, args.batch_size, keep, recipe)
         step = saved.get("step")

@@ -93,7 +93,7 @@ def test_order_and_the_kind_of_file_change_nothing(evaluate, samples, real, tmp_
 def test_a_checkpoint_is_judged_by_the_samples_that_the_sampler_writes(
     run_script, evaluate, image_ckpt, real, tmp_path
 ):
-    flags = [*SHORT, "--sampler", "ngd", "--mu", 0.2]
+    flags = [*SHORT, "--sampler", "langevin", "--temperature", 1e-3]
     at_once = ["--global-batch-size" if word == "--batch-size" else word for word in flags]
     written = run_script(
         "sample_gd", "--ckpt", image_ckpt, "--folder", tmp_path / "s", *at_once, "--classes", "all", "--device", "cpu"
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_judged_by_the_samples_that_the_sampler_writes(
     kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
     assert kept == {path.name: path.read_bytes() for path in (tmp_path / "s").glob("0*.png")}
     told = judged.told["protocol"]["judged"]
-    assert told["sampler"]["sampler"] == "ngd" and told["classes"] == ["all"] and told["precision"] == "fp32"
+    assert told["sampler"]["sampler"] == "langevin" and told["classes"] == ["all"] and told["precision"] == "fp32"
 
 
 def test_a_run_folder_is_a_table_a_plot_and_the_best(evaluate, real, tmp_path):
@@ -237,7 +237,7 @@ def test_few_samples_are_a_warning_with_the_number(evaluate, samples, real, tmp_
         ("--ckpt {none} --reference {real}", "--ckpt .* is not a file"),
         ("--ckpt {ckpt} --reference {big} --num-fid-samples 4", "what is judged is 8 x 8"),
         ("--ckpt {ckpt} --reference {real} --classes emu", "emu is no class"),
-        ("--make-reference {none} --out {none}", "is not a folder"),
+        ("--make-reference {none} --out {none} --image-size 8", "is not a folder"),
         ("--samples {samples}", "need --reference"),
         ("--make-reference {samples}", "needs --out"),
         ("--reference {real}", "one of the arguments"),

@@ -51,6 +51,7 @@ def parse_args():
     add("--batch-size", type=cli.positive_int, default=8, help="images or clips of a step")
     add("--data-path", help="files for the work `encoding` and `loader`; left out: some are made")
     add("--num-workers", type=cli.count, default=4, help="processes that read files or a cache")
+    add("--inception", metavar="FILE", help="weights for the work `features`; left out: torch-fidelity's")
     add("--rounds", type=cli.positive_int, default=5, help="times each contender is timed")
     add("--steps", type=cli.positive_int, help="steps of one timing; left out: 20 on a GPU, else 3")
     add("--largest-batch", action="store_true", help="CUDA: also find the largest batch to train or sample")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from EqM import samplers, train
 from EqM.data import autoencoder as autoencoders
@@ -18,6 +19,8 @@ from EqM.data.tables import open_data
 from EqM.engine import precision, prepare
 from EqM.engine.ema import EMA
 from EqM.engine.trainer import Trainer
+from EqM.metrics import features
+from EqM.metrics.collect import Progress, collect
 from EqM.models import EqM_models
 from EqM.pipeline import EqMPipeline
 from EqM.run import distributed
@@ -171,6 +174,69 @@ class Encoding:
         return self.vae.posterior(self.pixels)
 
 
+class InMemory:
+    """Images uint8 (N, H, W, 3) as a source of evaluate.py, in FP32 whatever the precision."""
+
+    is_clips, recipe = False, None
+
+    def __init__(self, images):
+        self.images = images
+        self.count, *self.shape = images.shape
+
+    def batches(self, wanted):
+        return (self.images[torch.tensor(indices)] for indices in wanted)
+
+
+class Features:
+    """Features and moments of a batch of images, as evaluate.py takes them."""
+
+    def __init__(self, args, run_in):
+        self.networks = features.Networks(features.Inception(features.locate(args.inception), run_in.device))
+        self.source = InMemory(random_images(args))
+        self.ranks = distributed.Ranks(0, 1, run_in.device)
+
+    def __call__(self):
+        return collect(self.source, self.networks, self.ranks, Progress(), shown=False)
+
+
+class PlainFeatures:
+    """The same features by torch-fidelity's own loop, at the batch that ours goes through the network in."""
+
+    def __init__(self, args, run_in):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        weights = str(features.locate(args.inception))
+        network = FeatureExtractorInceptionV3("plain", ["2048"], feature_extractor_weights_path=weights)
+        self.network = network.to(run_in.device)
+        self.images = Images(random_images(args).movedim(-1, 1).contiguous())
+        self.batch = features.images_at_once(run_in.device)
+        self.on_gpu = run_in.device.type == "cuda"
+
+    def __call__(self):
+        from torch_fidelity.utils import get_featuresdict_from_dataset
+
+        # save_cpu_ram: without processes, for which these images need not be read
+        return get_featuresdict_from_dataset(
+            self.images, self.network, self.batch, self.on_gpu, save_cpu_ram=True, verbose=False
+        )
+
+
+class Images(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+def random_images(args):
+    """uint8 (N, H, W, 3)."""
+    return torch.randint(256, (args.batch_size, args.image_size, args.image_size, 3), dtype=torch.uint8)
+
+
 def from_batch(args, run_in):
     """Endless inputs of training: the same latents and labels, already on the device."""
     return repeat(random_batch(args, run_in.device))
@@ -223,11 +289,13 @@ OURS = {
     "encode": Encoding,
     "encoding": lambda args, run_in: Training(args, run_in, from_files(args, run_in)),
     "cached": lambda args, run_in: Training(args, run_in, from_cache(args, run_in)),
+    "features": Features,
 }
 PLAIN = {  # the usual recipe has no cache, and its autoencoder is FP32
     "train": lambda args, run_in: PlainTraining(args, run_in, from_batch(args, run_in)),
     "sample": PlainSampling,
     "encode": lambda args, run_in: Encoding(args, precision.fp32(run_in.device)),
     "encoding": lambda args, run_in: PlainTraining(args, run_in, from_files(args, precision.fp32(run_in.device))),
+    "features": PlainFeatures,
 }
 RECIPES = {"ours": OURS, "plain": PLAIN}

@@ -150,11 +150,11 @@ def _key(recipe):
     return hashlib.blake2b(json.dumps(recipe, default=str).encode(), digest_size=8).hexdigest()
 
 
-def collect(source, networks, ranks, kept, desc):
+def collect(source, networks, ranks, kept, desc="features", shown=True):
     """The Collected of all items of a source on the main rank; elsewhere None. Every rank must call it.
 
     Batches are of one size and ranks take them in turn, so that each holds the same items however many ranks there
-    are. kept: a Progress, in which parts of it may lie.
+    are. kept: a Progress, in which parts of it may lie. desc, shown: of the bar.
     """
     size = getattr(source, "batch", None) or (CLIPS if source.is_clips else networks.inception.batch)
     recipe = None if source.recipe is None else [source.recipe, size, networks.told()]
@@ -164,7 +164,7 @@ def collect(source, networks, ranks, kept, desc):
     numbers = [n for n in range(math.ceil(source.count / size)) if n not in done][ranks.rank :: ranks.world_size]
     lists = [list(range(n * size, min((n + 1) * size, source.count))) for n in numbers]
     unit = "clip" if source.is_clips else "image"
-    bar = progress(desc=desc, total=sum(map(len, lists)), unit=unit, shown=ranks.is_main)
+    bar = progress(desc=desc, total=sum(map(len, lists)), unit=unit, shown=shown and ranks.is_main)
     fresh, saved = Tally(), time.monotonic()
     try:
         for number, indices, pixels in zip(numbers, lists, source.batches(lists), strict=True):

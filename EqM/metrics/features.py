@@ -134,7 +134,7 @@ class Inception:
 
     def __init__(self, path, device):
         self.digest = digest_of(path)
-        self.batch = IMAGES.get(device.type, OTHERWISE)
+        self.batch = images_at_once(device)
         self.device = device
         with torch.random.fork_rng(devices=[]):
             self._network = _built(path).to(device)
@@ -147,13 +147,18 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images):
-        images = images.to(self.device).movedim(-1, 1)
+        images = images.to(self.device).movedim(-1, 1).contiguous()  # else last digits differ from torch-fidelity's
         pooled, spatial = [], []
         with _ieee(self.device):
             for part, real in _batches(images, self.batch):
                 pooled.append(self._network(part)[0][:real])
                 spatial.append(self._spatial[:real])
         return torch.cat(pooled), torch.cat(spatial)
+
+
+def images_at_once(device):
+    """Size of the batches that go through Inception on a device."""
+    return IMAGES.get(device.type, OTHERWISE)
 
 
 def _built(path):

@@ -16,7 +16,7 @@ SEED = 2020  # torch-fidelity's, so that its subsets and splits are ours
 SPLITS = 10  # of the Inception Score
 SUBSETS, SUBSET = 100, 1000  # of KID: how many, and of how many items at most
 NEIGHBOURS = 3  # precision and recall: the ball of an item reaches to its third neighbour
-ROWS, COLUMNS = 1_000, 10_000  # distances in memory at once: 80 MB
+ROWS, COLUMNS = 1_000, 10_000  # items in memory in FP64 at once, and distances: 80 MB
 
 
 class Moments:
@@ -36,16 +36,16 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Take in rows (n, D)."""
-        self._rows.append(rows.double())
+        self._rows.append(rows)
         self.count += len(rows)
         self.size = rows.shape[1]
         if self.count - self._summed > rows.shape[1]:
             self._sum_up()
 
     def _sum_up(self) -> None:
-        rows, self._rows = torch.cat(self._rows), []
+        rows, self._rows = torch.cat(self._rows).double(), []
         mean = rows.mean(0)
-        rows -= mean
+        rows = rows - mean
         self._join(len(rows), mean, rows.T @ rows)
 
     def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
@@ -87,7 +87,7 @@ class Moments:
         """The normal distribution of these moments."""
         if self._summed:
             return Gaussian.of(*self.mean_and_covariance())
-        rows = torch.cat(self._rows)
+        rows = torch.cat(self._rows).double()
         mean = rows.mean(0)
         return Gaussian(mean, (rows - mean) / max(1, len(rows) - 1) ** 0.5)
 
@@ -154,7 +154,8 @@ def inception_score(features: Tensor, weight: Tensor) -> float:
     scores = []
     for i in range(SPLITS):
         rows = order[i * len(order) // SPLITS : (i + 1) * len(order) // SPLITS]
-        logs = (features[rows].to(weight.device).double() @ weight.T).log_softmax(1)
+        logits = [features[part].to(weight.device).double() @ weight.T for part in rows.split(ROWS)]
+        logs = torch.cat(logits).log_softmax(1)
         p = logs.exp()
         scores.append((p * (logs - p.mean(0).log())).sum(1).mean().exp())
     return torch.stack(scores).mean().item()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from EqM.data import autoencoder as autoencoders
-from EqM.data import files, media
+from EqM.data import files, media, tables
 from EqM.data.latent_cache import KEY, LatentCache
 from EqM.run import resume
 from EqM.run.errors import UserError, printable, reason
@@ -42,25 +42,25 @@ class Source:
         return len(self.shape) == 4
 
 
-class Files(Source):
-    """Files of one shape. read_file: path to uint8 (H, W, 3) or (T, H, W, 3)."""
+class Items(Source):
+    """Items of one shape. read_item: index to uint8 (H, W, 3) or (T, H, W, 3). name: index to what it is called.
 
-    def __init__(self, folder, paths, read_file, told):
-        self.folder = folder
-        self.paths = paths
-        self.read_file = read_file
-        self.count = len(paths)
+    digest: as resume.data_digest makes it. told: how they are read, and where from.
+    """
+
+    def __init__(self, count, read_item, name, digest, told):
+        self.count = count
+        self.read_item = read_item
+        self.name = name
         self.shape = self._item(0).shape
-        names = [os.path.relpath(path, folder) for path in paths]
-        self.told = {"files": str(folder), "count": self.count, **told}
-        self.recipe = [told, resume.data_digest(names, [0] * len(names), paths)]
+        self.told = {**told, "count": count}
+        self.recipe = [told, digest]
 
     def _item(self, index):
-        path = self.paths[index]
         try:
-            return self.read_file(path, index)
+            return self.read_item(index)
         except media.UNREADABLE as error:
-            raise UserError(f"{path} cannot be read ({reason(error)}); take it out of the folder") from None
+            raise UserError(f"{self.name(index)} cannot be read ({reason(error)}); take it out of the set") from None
 
     def read(self, indices):
         with ThreadPoolExecutor(READERS) as pool:
@@ -68,7 +68,7 @@ class Files(Source):
         for index, item in zip(indices, items, strict=True):
             if item.shape != self.shape:
                 raise UserError(
-                    f"{self.paths[index]} is {size_of(item.shape)} and {self.paths[0]} {size_of(self.shape)}: items of "
+                    f"{self.name(index)} is {size_of(item.shape)} and {self.name(0)} {size_of(self.shape)}: items of "
                     "one size are wanted; `evaluate.py --make-reference` crops images as training does"
                 )
         return torch.from_numpy(np.stack(items))
@@ -81,7 +81,7 @@ def size_of(shape):
 
 
 def folder_as_it_is(folder, tell=print):
-    """The Files of a folder of images, or of clips where it has no image; all that is below it, at its own size.
+    """The images below a folder, or the clips where it has no image, each at its own size.
 
     A folder that sample_gd.py wrote is its samples, without the contact sheet. Raises UserError if there are none.
     """
@@ -102,8 +102,13 @@ def folder_as_it_is(folder, tell=print):
     lossy = sum(path.suffix.lower() in LOSSY for path in images)
     if lossy:
         tell(f"warning: {lossy} of {len(images)} images in {printable(folder)} are no PNG; losses move FID")
-    read = (lambda path, _: np.asarray(files.read_image(path))) if images else (lambda path, _: media.load_sample(path))
-    return Files(folder, images or clips, read, {"crop": "none"})
+    paths = images or clips
+    names = [os.path.relpath(path, folder) for path in paths]
+    digest = resume.data_digest(names, [0] * len(names), paths)
+    read = (lambda path: np.asarray(files.read_image(path))) if images else media.load_sample
+    return Items(
+        len(paths), lambda index: read(paths[index]), paths.__getitem__, digest, {"files": str(folder), "crop": "none"}
+    )
 
 
 def _listed(folder):
@@ -133,28 +138,29 @@ def _refuse(error):
     raise UserError(f"{printable(error.filename)} cannot be read: {error.strerror}") from None
 
 
-def folder_as_trained(folder, args):
-    """The Files of a data folder, each cropped as training crops it, or the window of frames training takes first.
+def data_as_trained(path, args):
+    """A data set, each item cropped as training crops it, of clips the window of frames that it takes first.
 
-    args: image_size, video, clip_len, csv, frame_interval and global_seed, as train.py has them.
+    args: image_size, video, clip_len, csv, image_column, label_column, frame_interval and global_seed, as train.py's.
+    A folder of images without classes will do too.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"--make-reference {printable(folder)} is not a folder")
-    if not args.csv and not any(path.is_dir() for path in Path(folder).iterdir()):
+    folder = Path(path)
+    flat = folder.is_dir() and not args.csv and not tables.is_table(path)
+    if flat and not any(each.is_dir() for each in folder.iterdir()):
         kind = files.CLIP_EXTENSIONS if args.video else files.image_extensions()
-        paths = [path for path in _below(Path(folder)) if path.suffix.lower() in kind]
+        paths = [each for each in _below(folder) if each.suffix.lower() in kind]
         if not paths:
-            raise UserError(f"{printable(folder)} holds no {'clips' if args.video else 'images; --video is for clips'}")
+            raise UserError(f"{printable(path)} holds no {'clips' if args.video else 'images; --video is for clips'}")
+        length = args.clip_len if args.video else None
+        data = files.LabelledFiles(
+            paths, [0] * len(paths), [""], args.image_size, length, args.frame_interval, False, args.global_seed
+        )
     else:
-        paths = files.find_files(folder, args.video, args.csv)[0]
-    clip_len = args.clip_len if args.video else None
-    dataset = files.LabelledFiles(
-        paths, [0] * len(paths), [""], args.image_size, clip_len, args.frame_interval, False, args.global_seed
-    )
-    told = {"crop": "training's centre crop", "size": args.image_size}
+        data = tables.open_data(Namespace(**{**vars(args), "data_path": path}), flip=False)
+    told = {"data": str(path), "crop": "training's centre crop", "size": args.image_size}
     if args.video:
-        told |= {"frames": clip_len, "frame_interval": args.frame_interval}
-    return Files(folder, paths, lambda _, index: dataset.read(index, 0).movedim(0, -1).numpy(), told)
+        told |= {"frames": args.clip_len, "frame_interval": args.frame_interval}
+    return Items(len(data), lambda index: data.read(index, 0).movedim(0, -1).numpy(), data.path, data.digest(), told)
 
 
 class Npz(Source):
@@ -226,7 +232,7 @@ class Decoded:
 class Drawn:
     """Samples 0 to count - 1 of a pipeline, as sample_gd.py would draw them, none of them written unless asked.
 
-    shape: (H, W, 3) or (T, H, W, 3) of one. how: what EqMPipeline.descend takes. classes: as EqMPipeline.labels takes
+    shape: (H, W, 3) or (T, H, W, 3) of one. how: what EqMPipeline.draw takes. classes: as EqMPipeline.labels takes
     them. batch: samples at once on a rank; the last batch is filled up to it, so that the number of ranks changes
     nothing. keep: a folder to write the samples to. recipe: what the weights are, to go on after a kill.
     """
@@ -247,8 +253,10 @@ class Drawn:
 
     def read(self, indices):
         filled = [*indices, *[indices[-1]] * (self.batch - len(indices))]
-        x = self.pipe.descend(self.pipe.noise(filled, self.seed), [self.labels[i] for i in filled], **self.how)
-        samples = self.pipe.decode(x)[: len(indices)]
+        ended = {}
+        for part in self.pipe.draw([self.labels[i] for i in filled], filled, self.seed, self.batch, **self.how):
+            ended.update(zip(part.indices, part.x, strict=True))
+        samples = self.pipe.decode(torch.stack([ended[i] for i in filled]))[: len(indices)]
         if self.keep is not None:
             self._write(indices, samples)
         return samples

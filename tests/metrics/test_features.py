@@ -39,7 +39,7 @@ def test_features_are_torch_fidelitys(inception_file, images, found):
     kept = []
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, result: kept.append(result))
     with torch.no_grad():
-        pooled = theirs(images[:4].movedim(-1, 1))[0]
+        pooled = theirs(images[:4].movedim(-1, 1).contiguous())[0]
     assert torch.equal(found[0][:4], pooled) and pooled.std(0).mean() > 1e-3
     spatial = kept[0][0]  # (192, 17, 17), of the first image
     assert spatial.shape == (192, 17, 17) and spatial.min() == 0, "after the ReLU"
@@ -99,6 +99,16 @@ def test_the_cache_is_looked_in_and_checked(tmp_path, monkeypatch, inception_fil
     assert features.locate() == place
     told = []
     assert features.load(ALONE, tell=told.append).told()["published"] and not told
+
+
+def test_what_is_not_in_the_cache_is_fetched_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "there").write_bytes(b"weights")
+    monkeypatch.setattr(features, "URL", (tmp_path / "there").as_uri())
+    with pytest.raises(UserError, match="cannot be fetched .*hash"):
+        features.locate()
+    monkeypatch.setattr(features, "DIGEST", features.digest_of(tmp_path / "there"))
+    assert features.locate().read_bytes() == b"weights"
 
 
 def test_no_file_and_no_network_is_one_line_that_says_where_it_belongs(tmp_path, monkeypatch):
