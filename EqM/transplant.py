@@ -231,9 +231,14 @@ def _positions(model, theirs, saved, wanted):
 
 
 def _tops(names):
-    """Parts that tensors are of, in order: blocks.0.attn.qkv.weight is of blocks.0."""
-    parts = (".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1]) for name in names)
-    return list(dict.fromkeys(parts))
+    """Parts that tensors are of, in order, blocks taken together: final_layer, blocks.0 to blocks.11."""
+    parts = list(dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith("blocks.")]) for name in names))
+    blocks = [part for part in parts if part.startswith("blocks.")]
+    if len(blocks) > 1:
+        at = parts.index(blocks[0])
+        parts = [part for part in parts if part not in blocks]
+        parts.insert(at, f"{blocks[0]} to {blocks[-1]}")
+    return parts
 
 
 def _few(names):
