@@ -112,6 +112,8 @@ def parse_args(argv=None):
     watch.check(parser, args)
     if args.init_positions and not (args.init_from and args.video):
         parser.error("--init-positions is for --video that starts --init-from other weights")
+    if args.weights != "ema" and not args.init_from:
+        parser.error("--weights says which ones of --init-from to take; give both")
     for name in ("ema_decay", "ema_std"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):

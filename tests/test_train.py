@@ -318,7 +318,7 @@ def test_a_start_that_does_not_fit_leaves_no_run_folder(train, tmp_path):
         result = train("--init-from", tmp_path / path)
         assert result.code == 2 and message in result.err and result.folder is None
         assert len(result.err.strip().splitlines()) == 1, result.err
-    assert train("--init-positions", "new").code == 2
+    assert train("--init-positions", "new").code == train("--weights", "model").code == 2
 
 
 def test_checkpoints_are_pruned_to_the_newest(train):
