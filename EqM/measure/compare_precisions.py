@@ -101,7 +101,7 @@ def open_out(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else described
-        differs = [name for name in described if theirs.get(name, cli.SINCE_0_3.get(name)) != described[name]]
+        differs = [name for name in described if theirs.get(name, cli.ADDED.get(name)) != described[name]]
         if differs:
             raise UserError(f"--out {args.out} holds another comparison ({', '.join(differs)} differ); choose another")
         note.write_text(json.dumps(described, indent=1), encoding="utf-8")

@@ -89,6 +89,9 @@ def test_the_table_has_every_operation_guidance_and_sampler(errors):
             f"trajectory, gd, guidance {scale}",
             f"trajectory, ngd, guidance {scale}",
         } <= {*rows}
+    for sampler in precision_error.OTHERS:
+        error = errors[f"trajectory, {sampler}, guidance 4"]
+        assert 0 < error["fp32"] < error["fp16"] < error["bf16"] < 0.05
     assert {"loss", "dispersive loss", "energy, dot", "energy, l2", "VAE latents, deviation"} <= {*rows}
     shares = {"final_layer": (0.5, 0.0)}
     text = precision_error.markdown(
