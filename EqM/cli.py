@@ -165,7 +165,9 @@ def add_encoding(parser, from_checkpoint=False):
     default = (lambda name: None) if from_checkpoint else MODEL_DEFAULTS.get
     switch = argparse.BooleanOptionalAction
     group.add_argument("--image-size", type=positive_int, default=default("image_size"), help="side in pixels")
-    group.add_argument("--vae", default=default("vae"), help="ema or mse (Stable Diffusion's), none, a folder, or user/name on the hub")
+    group.add_argument(
+        "--vae", default=default("vae"), help="ema or mse (Stable Diffusion's), none, a folder, or user/name on the hub"
+    )
     group.add_argument("--video", action=switch, default=default("video"), help="clips instead of images")
     group.add_argument("--clip-len", type=positive_int, default=default("clip_len"), help="frames of a clip")
 
