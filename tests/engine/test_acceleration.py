@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections import Counter
 from functools import partial
 from itertools import repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,21 @@ def test_fifty_steps_compile_one_block_once_and_whole(traced, name, words):
         assert trainer.step(inputs)[2] == 1
     assert counters["stats"]["unique_graphs"] == 2, "a block's, and the trial of the compiler"
     assert not counters["graph_break"]
+
+
+def test_data_parallel_does_not_cut_compiled_blocks_nor_send_buffers(traced, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # where the first cut would be
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        args = train.parse_args(["--latents", "none", "--compile"])
+        model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
+        ranks = SimpleNamespace(world_size=2, device=CPU)  # as it would be called, were there another
+        trainer = Trainer(args, model, Precision("bf16", CPU, "test"), 2, ranks, tell=pytest.fail)
+        trainer.step(iter([(torch.randn(2, 4, 8, 8), torch.tensor([0, 1]))]))
+        assert trainer.network is not model and not trainer.network.broadcast_buffers
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(traced) == 3, "the trial of the compiler, and a block forwards and backwards"
 
 
 @pytest.mark.parametrize(("choice", "most"), [("elementwise", 26), ("nothing", 38)])
