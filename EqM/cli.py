@@ -105,6 +105,8 @@ def less_memory(args):
         ways.append(f"more --grad-accum-steps than {given['grad_accum_steps']}")
     if given.get("grad_checkpointing") is False and given.get("ebm") == "none":
         ways.append("--grad-checkpointing")
+    if given.get("shard") is False and given.get("ebm") == "none" and os.environ.get("WORLD_SIZE", "1") != "1":
+        ways.append("--shard")
     if given.get("use_bf16") is False and not given.get("use_amp"):
         ways.append("--use-bf16")
     return f"what needs less: {', '.join(ways) or 'a smaller batch or model'}"

@@ -6,6 +6,7 @@ writes them, named by their place in `run.pt`. It has its name once it is comple
 """
 
 import io
+import os
 import pickle
 import warnings
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ DESCRIBES = {
 
 
 def is_in_parts(path):
-    return (Path(path) / HEAD).is_file()
+    return os.path.isfile(os.path.join(path, HEAD))  # False too where one may not look
 
 
 def save(path, state, is_main, group):
