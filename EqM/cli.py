@@ -114,6 +114,8 @@ def less_memory(args):
         if "recompute" in given and given["recompute"] in (("nothing",) if in_16_bits else ("nothing", None)):
             ways.append("--recompute elementwise")
         ways.append("--grad-checkpointing")
+    if given.get("shard") is False and given.get("ebm") == "none" and os.environ.get("WORLD_SIZE", "1") != "1":
+        ways.append("--shard")
     if given.get("use_bf16") is False and not given.get("use_amp"):
         ways.append("--use-bf16")
     return f"what needs less: {', '.join(ways) or 'a smaller batch or model'}"

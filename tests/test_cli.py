@@ -38,6 +38,7 @@ BAD = {
         "--num-classes": COUNTS + " 1",
         "--clip-len": "0 -4 four",
         "--patch-frames": "0 x",
+        "--shard-size": "0 1 2 x",
         "--frame-interval": "0 -1 x",
         "--num-workers": "-1 x 0.5",
         "--warmup-steps": "-1 x",
@@ -157,6 +158,8 @@ def test_a_bad_value_is_one_line_before_anything_is_made(run_script, base, tmp_p
         ("train", "--latents /nowhere", "either --data-path"),
         ("train", "--c-start 0.7 --c-schedule linear", "--c-start has no effect on --c-schedule linear"),
         ("train", "--c-scale 8 --prediction noise", "drop --c-scale or --prediction noise"),
+        ("train", "--shard --ebm dot", "--shard cannot split an energy model"),
+        ("train", "--split-checkpoints", "--split-checkpoints"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(run_script, base, tmp_path, script, flags, words):

@@ -4,6 +4,7 @@ import warnings
 
 from torch.nn.parallel import DistributedDataParallel
 
+from EqM.run import distributed
 from EqM.run.errors import UserError
 
 
@@ -64,6 +65,8 @@ def shard(networks, ranks, size=None):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes a field in place
     shape = (ranks.world_size,) if size in (None, ranks.world_size) else (ranks.world_size // size, size)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+    for group in mesh.get_all_groups():
+        distributed.wait_long(group, ranks.device)
     for network in networks:
         for block in network.blocks:
             fully_shard(block.adaLN_modulation, mesh=mesh)
