@@ -104,6 +104,9 @@ def less_memory(args):
     if given.get("grad_accum_steps", math.inf) < given.get("global_batch_size", 1):
         ways.append(f"more --grad-accum-steps than {given['grad_accum_steps']}")
     if given.get("grad_checkpointing") is False and given.get("ebm") == "none":
+        in_16_bits = given.get("use_bf16") or given.get("use_amp")
+        if "recompute" in given and given["recompute"] in (("nothing",) if in_16_bits else ("nothing", None)):
+            ways.append("--recompute elementwise")
         ways.append("--grad-checkpointing")
     if given.get("use_bf16") is False and not given.get("use_amp"):
         ways.append("--use-bf16")

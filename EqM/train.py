@@ -76,8 +76,9 @@ def parse_args(argv=None):
         parser.error("give either --data-path, to encode as you train, or --latents")
     if args.latents and (args.csv or args.frame_interval):
         parser.error("--csv and --frame-interval were settled when --latents was made; leave them out")
-    if args.grad_checkpointing and args.ebm != "none":
-        parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    for flag, asked in (("--grad-checkpointing", args.grad_checkpointing), ("--recompute", args.recompute)):
+        if asked and asked != "nothing" and args.ebm != "none":
+            parser.error(f"{flag} cannot recompute an energy's field, which is differentiated twice; drop one")
     architecture.check_geometry(args)
     return args
 

@@ -8,4 +8,5 @@ def data_parallel(model, ranks):
     if ranks is None or ranks.world_size == 1:
         return model
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # Its one buffer, of frequencies, is the same on all ranks from the start.
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -3,28 +3,30 @@
 1. FP32 islands bind forward methods of parts of the network, by name. First, so that what follows wraps them too.
 2. Frozen weights are cast: what stays FP32 is known by now, and a compiled graph would keep the dtypes it met.
 3. Blocks are compiled. Before checkpointing, since PyTorch does not look into a block that is checkpointed.
-4. Blocks are checkpointed, compiled or not.
+4. Blocks are checkpointed, compiled or not; else those that are not compiled become operations that keep little.
 5. Data parallel comes last: it hooks the parameters that are trained, and is called in the network's place.
 
 A copy for averages is taken before all of this (see EMA), and modulation once a descent is put on and off again round
 each descent (`acceleration.modulated_once`).
 """
 
-from EqM.engine import acceleration
+from EqM.engine import acceleration, recompute
 from EqM.engine.parallel import data_parallel
 
 
 def for_training(model, run_in, args, ranks, tell):
     """The network as a training step calls it: model itself, patched in place, or its data-parallel wrapper.
 
-    args: compile, grad_checkpointing. tell: called with a line where a flag has no effect.
+    args: compile, recompute, grad_checkpointing. tell: called with a line where a flag has no effect.
     Raises LookupError if the network lacks a part that precision keeps in FP32.
     """
     run_in.keep_islands(model.train())
-    if args.compile:
-        acceleration.compile_blocks(model, run_in, tell, args.grad_checkpointing)
+    recomputing = acceleration.recomputes(args, run_in)
+    compiled = args.compile and acceleration.compile_blocks(model, run_in, tell, args.grad_checkpointing, recomputing)
     if args.grad_checkpointing:
         acceleration.checkpoint_blocks(model, run_in)
+    elif recomputing and not compiled:
+        recompute.recompute_in(model, run_in)
     return data_parallel(model, ranks)
 
 
