@@ -18,6 +18,7 @@ from EqM.data.files import open_files
 from EqM.engine import precision, prepare
 from EqM.engine.ema import EMA
 from EqM.engine.trainer import Trainer
+from EqM.guidance import Guided
 from EqM.models import EqM_models
 from EqM.pipeline import EqMPipeline
 from EqM.run import distributed
@@ -156,7 +157,7 @@ class PlainSampling:
 
     @torch.no_grad()
     def __call__(self):
-        field = samplers.guided(self.field, self.y, CFG_SCALE, CLASSES)
+        field = Guided(self.field, self.y, CFG_SCALE, CLASSES)
         return samplers.descend(field, self.x, SAMPLING_POINTS, STEPSIZE)
 
 
