@@ -327,7 +327,9 @@ def add_sampler(parser):
     group.add_argument(
         "--cfg-channels", type=positive_int, default=3, help="how many leading channels are guided, 3 as published"
     )
-    group.add_argument("--likelihood", action=Refused, nargs=0, const=NO_LIKELIHOOD, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--likelihood", action=Refused, nargs=0, const=NO_LIKELIHOOD, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     parser.checks.append(_check_sampler)
 
 

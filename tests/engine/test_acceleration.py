@@ -19,6 +19,7 @@ from EqM import samplers, train
 from EqM.engine import acceleration, prepare
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
+from EqM.guidance import Guided
 from EqM.models import EqM_models
 
 CPU = torch.device("cpu")
@@ -184,7 +185,7 @@ def descent(model, run_in, labels):
 
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        end = samplers.descend(samplers.guided(field, labels, 4.0, 3), x, points=4, stepsize=0.1, sampler="ngd")
+        end = samplers.descend(Guided(field, labels, 4.0, 3), x, points=4, stepsize=0.1, sampler="ngd")
     hook.remove()
     return end, len(calls)
 
