@@ -349,13 +349,14 @@ def _check_sampler(parser, args):
             **settings,
         )
     except ValueError as error:
-        parser.error(str(error))
+        given = [name for name, default in ADDED.items() if getattr(args, name) != default]
+        parser.error(f"{' '.join(map(str, words_of(args, ['sampler', *given])))}: {error}")
 
 
-def sampler_words(args):
-    """The command line that says what add_sampler's flags say in args."""
+def words_of(args, names=DESCENT):
+    """The command line that says what these flags say in args; left out, all that add_sampler adds."""
     words = []
-    for name in DESCENT:
+    for name in names:
         flag, value = name.replace("_", "-"), getattr(args, name)
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
     return words

@@ -58,8 +58,8 @@ class Composition:
         To a network that lacks a class it is no class: there it adds to a sum what the null label does.
         """
         names = _names(class_names, model)
-        before = self.null_label
-        self.class_names = self.class_names + [name for name in names if name not in set(self.class_names)]
+        before, known = self.null_label, set(self.class_names)
+        self.class_names = self.class_names + [name for name in names if name not in known]
         self.null_label = len(self.class_names)
         device = self.run_in.device
         for network in self.networks:
@@ -122,12 +122,16 @@ class Composition:
         y, weights = self.as_tensors(labels)
         return Guided(self.field, y, scale, self.null_label, channels, weights)
 
+    @property
+    def has_energy(self) -> bool:
+        return all(network.model.ebm != "none" for network in self.networks)
+
     def energy(self, x: Tensor, labels: Sequence[str | int | Asked] | Tensor, t: Tensor | None = None) -> Tensor:
         """The energy at x, (N,), at times t (N,), left out 0; of a sum E_null + sum of w_i (E_i - E_null).
 
         Raises UserError if there is none.
         """
-        if any(network.model.ebm == "none" for network in self.networks):
+        if not self.has_energy:
             raise UserError("this model has no explicit energy: it was trained without --ebm")
         y, weights = self.as_tensors(labels)
         t = torch.zeros(len(x), device=x.device) if t is None else t

@@ -35,7 +35,7 @@ class Trace:
         self.every = max(1, (points - 1) // STATES)
         self.states = [[] for _ in labels]
         self.curves = [[] for _ in labels]  # (step, norm of the field, energy or None) of each; tensors, on the device
-        self.has_energy = pipe.model.ebm != "none"
+        self.has_energy = pipe.composition.has_energy
 
     def __call__(self, rows, steps, x, f):
         norms = f.flatten(1).norm(dim=1)

@@ -194,7 +194,7 @@ def sampling_flags(args):
 def sampling_tasks(args, seeds):
     """Every checkpoint in every precision, from the noise and labels of --global-seed; whole folders return soon."""
     classes = [] if args.train else ["--classes", *DEMO_CLASSES]
-    how = [*cli.sampler_words(args), *classes]
+    how = [*cli.words_of(args), *classes]
     count = ["--num-fid-samples", args.num_samples, "--global-batch-size", min(64, args.num_samples)]
     return [
         (
