@@ -122,11 +122,9 @@ class Saver:
 
     def check(self):
         if self.keeps and not self.reserved:  # after the first step, which made the moments
-            tensors = self.trainer.parts().items()
-            state = {
-                name: part.state_dict() for name, part in tensors if name != "scaler"
-            }  # which waits for the device
-            self.thread.start(self.copy.reserve, state)
+            kept = self.trainer.parts()
+            kept.pop("scaler")  # whose state waits for the device
+            self.thread.start(self.copy.reserve, {name: part.state_dict() for name, part in kept.items()})
             self.reserved = True
         self.thread.check()
 
@@ -265,9 +263,8 @@ def main():
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
     save = Saver(args, ranks, trainer, meter, dataset, data, log)
-    preview = None
-    if args.sample_every and (ranks.is_main or parallel.splits(args, ranks)):  # parts of the EMA are on every rank
-        preview = Preview(log.folder, args, trainer, autoencoder, dataset.class_names)
+    draws = args.sample_every and (ranks.is_main or parallel.splits(args, ranks))  # where each has a part of the EMA
+    preview = Preview(log.folder, args, trainer, autoencoder, dataset.class_names) if draws else None
 
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
