@@ -4,6 +4,8 @@ from copy import deepcopy
 
 import torch
 
+from EqM.run.shards import local
+
 
 class EMA:
     """A frozen copy of a model, in .model, that follows it: ema <- decay ema + (1 - decay) weights."""
@@ -16,8 +18,8 @@ class EMA:
     def follow(self, model):
         """Take up the parameters of both networks, which are other objects once the networks have been sharded."""
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._ours = [p for name, p in self.model.named_parameters() if name in trained]
-        self._theirs = [p for name, p in model.named_parameters() if name in trained]
+        self._ours = [local(p) for name, p in self.model.named_parameters() if name in trained]
+        self._theirs = [local(p) for name, p in model.named_parameters() if name in trained]
 
     @torch.no_grad()
     def update(self, applied):
