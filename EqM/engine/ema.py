@@ -19,6 +19,7 @@ import torch
 from EqM.run import checkpoint
 from EqM.run.checkpoint import average_name
 from EqM.run.errors import UserError
+from EqM.run.shards import local
 
 NARROWEST, WIDEST = 0.001, 12**-0.5  # sigma_rel; that of an even average, whose gamma is 0, is the widest
 FOLDER = "averages"  # of snapshots, beside checkpoints/
@@ -44,10 +45,16 @@ class EMA:
         self.follow(model)
 
     def follow(self, model):
-        """Take up the parameters of all networks, which are other objects once the networks have been sharded."""
+        """Take up the parameters of all networks, which are other objects once the networks have been sharded.
+
+        Of those each rank moves its own part.
+        """
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._theirs = [p for name, p in model.named_parameters() if name in trained]
-        self._ours = [[p for n, p in copy.named_parameters() if n in trained] for copy in self.models.values()]
+        self._theirs, *self._ours = (
+            [local(p) for name, p in network.named_parameters() if name in trained]
+            for network in (model, *self.models.values())
+        )
+        self.updates = self.updates.to(self._theirs[0].device)
 
     @torch.no_grad()
     def update(self, applied):

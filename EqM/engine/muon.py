@@ -28,6 +28,12 @@ class MuonAdamW(torch.optim.AdamW):
         groups = [{"params": others, "muon": False}, {"params": matrices, "muon": True}]
         super().__init__(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
 
+    def __setstate__(self, state):
+        """As unpickling and load_state_dict do; AdamW's own looks for its moments in every group."""
+        groups = state["param_groups"]
+        super().__setstate__({**state, "param_groups": [group for group in groups if not group["muon"]]})
+        self.param_groups = groups
+
     @torch.no_grad()
     def step(self, closure=None):
         groups = self.param_groups
@@ -38,8 +44,15 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group["muon"]:
+                self._remember(group["params"])
                 for alike in self._by_shape(group["params"]):
                     self._step(alike, group["lr"], group["weight_decay"])
+
+    def _remember(self, parameters):
+        """Make what is kept of each, in their order, in which a checkpoint lists it."""
+        for parameter in parameters:
+            if parameter.grad is not None and "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @staticmethod
     def _by_shape(parameters):
@@ -52,9 +65,6 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _step(self, parameters, lr, weight_decay):
         """One step of P matrices (m, n)."""
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         kept = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         gradient = torch.stack([parameter.grad for parameter in parameters])  # (P, m, n)
         found_inf = getattr(self, "found_inf", None)

@@ -35,8 +35,9 @@ class Saver:
 
     def check(self):
         if self.keeps and not self.reserved:  # after the first step, which made the moments
-            kept = {name: part.state_dict() for name, part in self.trainer.parts().items() if name != "scaler"}
-            self.thread.start(self.copy.reserve, kept)  # without the scaler, whose state waits for the device
+            kept = self.trainer.parts()
+            kept.pop("scaler")  # whose state waits for the device
+            self.thread.start(self.copy.reserve, {name: part.state_dict() for name, part in kept.items()})
             self.reserved = True
         self.thread.check()
 

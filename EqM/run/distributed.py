@@ -126,7 +126,8 @@ def new_group(ranks):
 
 def wait_long(group, device):
     """Give a group of part of the ranks, in which training waits, the limit that setup gave the group of all."""
-    dist.distributed_c10d._set_pg_timeout(NCCL_TIMEOUT if device.type == "cuda" else PATIENCE, group)
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its older name
+    set_timeout(NCCL_TIMEOUT if device.type == "cuda" else PATIENCE, group)
 
 
 def barrier():

@@ -14,9 +14,14 @@ def whole(tensor):
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
+def local(tensor):
+    """This rank's part of a tensor, in the same memory; the tensor itself where it is whole."""
+    return tensor.detach().to_local() if is_shard(tensor) else tensor
+
+
 def mine(tensor):
-    """This rank's part of a tensor, on the CPU if it is one of several; the tensor where it is whole."""
-    return tensor.to_local().cpu() if is_shard(tensor) else tensor
+    """This rank's part of a tensor, on the CPU if it is one of several; the tensor itself where it is whole."""
+    return local(tensor).cpu() if is_shard(tensor) else tensor
 
 
 def part_of(value, like):
@@ -28,9 +33,9 @@ def part_of(value, like):
 
     mesh, placements = like.device_mesh, like.placements
     sides, starts = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    local = value[tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))]
-    local = local.to(like.device, copy=True)  # distribute_tensor would move, and keep in memory, all of it
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+    part = value[tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))]
+    part = part.to(like.device, copy=True)  # distribute_tensor would move, and keep in memory, all of it
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def empty_part(tensor, like):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from EqM import train
+from EqM import preview, train
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.models import EqM
@@ -109,6 +109,7 @@ def overflow(ranks):
 def command(ranks, folder, data):
     """train.py, stopped and gone on with in parts, and straight on in one file."""
     distributed.setup, distributed.cleanup = lambda device: ranks, distributed.barrier
+    preview.POINTS = 3  # all ranks must go through them, however many
     RunLog.draw = lambda log: None  # which takes a second to import what draws
     flags = ["--shard", "--epochs", 50, "--log-every", 1, "--grad-accum-steps", 2, "--lr", 1e-2]
     parted = [*flags, "--split-checkpoints", "--ckpt-every", 1, "--keep-checkpoints", 2, "--auto-resume"]
