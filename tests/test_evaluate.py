@@ -171,6 +171,16 @@ def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, ti
     assert evaluate("--samples", tmp_path / "c", "--reference", tmp_path / "decoded.npz").figures["fid"] < 1e-7
 
 
+def test_checkpoints_without_steps_are_a_table_alone(evaluate, real, tmp_path):
+    paths = [save_checkpoint(tmp_path / f"{name}.pt", IMAGE_ARGS, seed=i) for i, name in enumerate("ab")]
+    for path in paths:
+        content = torch.load(path, weights_only=True)
+        checkpoint.save(path, {name: content[name] for name in ("model", "ema", "args")})
+    result = evaluate("--ckpt", *paths, "--reference", real, *SHORT)
+    assert result.code == 0, result.err
+    assert [list(each) for each in result.told["results"]] == [ALL, ALL] and not (tmp_path / "r.png").exists()
+
+
 def clips(tmp_path, name, frames, seed):
     folder = tmp_path / name
     folder.mkdir()
@@ -189,6 +199,18 @@ def test_clips_have_an_fvd_and_the_fid_of_their_frames(evaluate, i3d_file, tmp_p
     alone = evaluate("--samples", one, "--reference", other)
     assert list(alone.figures) == ["frame_fid"] and "no FVD: it wants --i3d FILE" in alone.out
     assert evaluate("--samples", one, "--reference", one, "--i3d", i3d_file).figures["fvd"] < 1e-10
+
+
+def test_a_reference_of_clips_has_their_fvd_if_it_was_made_with_i3d(evaluate, i3d_file, clip_folder, tmp_path):
+    judged = clips(tmp_path, "a", 16, 0)
+    made = ["--make-reference", clip_folder, "--video", "--clip-len", 16, "--image-size", 8]
+    assert evaluate(*made, "--out", tmp_path / "without.npz").code == 0
+    assert evaluate(*made, "--out", tmp_path / "with.npz", "--i3d", i3d_file).code == 0
+    without = evaluate("--samples", judged, "--reference", tmp_path / "without.npz", "--i3d", i3d_file)
+    assert list(without.figures) == ["frame_fid"] and "no FVD: the reference has no features by I3D" in without.out
+    both = evaluate("--samples", judged, "--reference", tmp_path / "with.npz", "--i3d", i3d_file)
+    assert list(both.figures) == ["fvd", "frame_fid"], both.err
+    assert both.figures["frame_fid"] == pytest.approx(without.figures["frame_fid"], rel=1e-9)
 
 
 def test_short_clips_have_the_fid_of_their_frames_alone(evaluate, i3d_file, clip_folder, tmp_path):
