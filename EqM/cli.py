@@ -110,6 +110,9 @@ def less_memory(args):
     if given.get("grad_accum_steps", math.inf) < given.get("global_batch_size", 1):
         ways.append(f"more --grad-accum-steps than {given['grad_accum_steps']}")
     if given.get("grad_checkpointing") is False and given.get("ebm") == "none":
+        in_16_bits = given.get("use_bf16") or given.get("use_amp")
+        if "recompute" in given and given["recompute"] in (("nothing",) if in_16_bits else ("nothing", None)):
+            ways.append("--recompute elementwise")
         ways.append("--grad-checkpointing")
     if given.get("use_bf16") is False and not given.get("use_amp"):
         ways.append("--use-bf16")
@@ -257,7 +260,7 @@ DESCENT = (  # what add_sampler adds, as EqMPipeline.descend takes it
     "sampler", "num_sampling_steps", "stepsize", "mu", "beta1", "beta2", "temperature", "anneal", "atol", "rtol",
     "stop_norm", "cfg_scale", "cfg_channels",
 )  # fmt: skip
-SINCE_0_3 = {  # those that version 0.2 had not, and what its samples were made with
+ADDED = {  # those that came later, and what samples were made with before
     "beta1": 0.9, "beta2": 0.999, "temperature": 0.0, "anneal": True, "atol": 1e-5, "rtol": 1e-5, "stop_norm": 0.0,
 }  # fmt: skip
 NO_SDE = (
@@ -317,7 +320,7 @@ def add_sampler(parser):
         type=non_negative,
         help="a sample is done when its field's norm is at most this; 0: never before the end",
     )
-    group.set_defaults(**SINCE_0_3)
+    group.set_defaults(**ADDED)
     group.add_argument("--cfg-scale", type=non_negative, default=4.0, help="guidance; 1 is none")
     group.add_argument(
         "--cfg-channels", type=positive_int, default=3, help="how many leading channels are guided, 3 as published"

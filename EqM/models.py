@@ -65,7 +65,8 @@ class PatchEmbed(nn.Module):
         self.proj = conv(in_channels, hidden_size, kernel_size=patch, stride=patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # Contiguous, or every block's output would be a transposed view too, which each layer norm copies.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -108,12 +109,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
+    def attend(self, qkv: Tensor) -> Tensor:
+        """(N, L, 3 D), queries, keys and values of each token, to what each token attends to, (N, L, D)."""
+        N, L, D = *qkv.shape[:2], qkv.shape[2] // 3
+        qkv = qkv.reshape(N, L, 3, self.num_heads, D // self.num_heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (N, heads, L, D / heads)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D)
+
     def forward(self, x):
-        N, L, D = x.shape
-        qkv = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, L, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(N, L, D))
+        return self.proj(self.attend(self.qkv(x)))
 
 
 class Mlp(nn.Module):

@@ -28,7 +28,7 @@ from EqM.engine import ema, precision, prepare
 from EqM.engine.precision import Precision
 from EqM.guidance import Guided
 from EqM.models import EqM
-from EqM.run import checkpoint, distributed, resume, seeds
+from EqM.run import checkpoint, distributed, exported, resume, seeds
 from EqM.run.errors import UserError
 from EqM.transport import Transport
 
@@ -75,6 +75,7 @@ class EqMPipeline:
         self.transport = transport or Transport()
         self.composition = Composition(model, run_in, self.transport, class_names)
         self.vae: str | None = None  # what the flag says, where it is known
+        self.advice: dict[str, Any] = {}  # how to descend, as whoever exported the model found it best
 
     @classmethod
     def from_pretrained(
@@ -125,7 +126,7 @@ class EqMPipeline:
         transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
         prepare.for_sampling(model.to(run_in.device), run_in, compile, tell)
         pipe = cls(model, run_in, autoencoder, transport, saved.get("class_names"))
-        pipe.vae = args.vae
+        pipe.vae, pipe.advice = args.vae, saved.get("advice", {})
         return pipe
 
     def also(
@@ -374,7 +375,7 @@ def _flags(given: dict[str, Any]) -> Namespace:
 
 
 def _file(path: str | Path) -> str | Path:
-    return checkpoint.newest_of(path) if Path(path).is_dir() else path
+    return path if exported.is_export(path) or not Path(path).is_dir() else checkpoint.newest_of(path)
 
 
 def _same_latents(a: str, b: str) -> bool:

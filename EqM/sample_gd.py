@@ -39,7 +39,7 @@ from EqM.run.log import progress
 SHEET_SIZE = 64  # samples on the contact sheet
 NOISE = 2  # raised when the samples of a seed change; 1 until version 0.1
 WRITERS = 4  # threads that encode and write files
-NEW = cli.SINCE_0_3 | {"also": [], "start": None, "start_noise": None}  # of a recipe, and what holds where it is absent
+NEW = cli.ADDED | {"also": [], "start": None, "start_noise": None}  # of a recipe, and what holds where it is absent
 
 
 def parse_args():
@@ -90,14 +90,14 @@ def check_start(parser, args):
 def recipe(args, weights, run_in, others, start):
     """All that a sample depends on besides its number, as samples.json keeps it.
 
-    What version 0.2 had not is there only where it is used, so that folders of each go on in the other.
+    What came later (NEW) is there only where it is used, so that folders made before are finished.
     """
     names = (
         *architecture.MODEL_DEFAULTS, "sampler", "stepsize", "num_sampling_steps", "mu", "cfg_scale", "cfg_channels",
         "sample_eps", "classes", "global_seed", "vae_precision", "fps",
     )  # fmt: skip
     flags = {name: getattr(args, name) for name in names}
-    new = {name: getattr(args, name) for name in cli.SINCE_0_3}
+    new = {name: getattr(args, name) for name in cli.ADDED}
     new |= {"also": others, "start": start and start.digest(), "start_noise": args.start_noise}
     return {
         "weights": checkpoint.fingerprint(weights),
@@ -132,7 +132,7 @@ def open_folder(folder, files, made_by, add_missing):
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(made_by, indent=1), encoding="utf-8")
         if "stop_norm" in made_by:
-            evaluations.gather(folder, [path.name for path in files])
+            evaluations.gather(folder)
             counts = evaluations.known(folder)
             present = {i for i in present if files[i].name in counts}
     except (OSError, ValueError) as error:
@@ -237,6 +237,7 @@ def main():
             given = {"start": start, "start_noise": args.start_noise}
             seen = trace.follow(pipe, labels[: len(first)], first, args.global_seed, **given, **how)
             seen.save(folder, args.trace, args.trace_gif)
+            print(f"Wrote the trace of {len(first)} samples to {folder}")
     distributed.cleanup()
 
 
@@ -272,7 +273,7 @@ def finish(args, folder, files, labels, start):
     partial.replace(folder / "labels.csv")
     contact_sheet(files, names, start).save(folder / "grid.png")
     if args.stop_norm:
-        evaluations.forget(folder)
+        evaluations.gather(folder, columns["file"])
         most = (args.num_sampling_steps - 1) * (2 if args.sampler == "heun" else 1)
         print(evaluations.summary(columns["evaluations"], most))
     print(f"Wrote {len(files)} samples, labels.csv and grid.png to {folder}")

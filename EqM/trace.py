@@ -114,7 +114,8 @@ class Trace:
             if which == 0 and self.stop_norm:
                 axes.axhline(self.stop_norm, color="grey", linestyle="--", linewidth=1, label="stop norm")
         axes.set_xlabel("update")
-        figure.axes[0].legend(fontsize="small")
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(fontsize="small")
         return figure
 
 

@@ -27,10 +27,10 @@ from EqM import architecture, cli, recipe, transplant
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
 from EqM.data.tables import open_data
-from EqM.engine import acceleration, ema, precision
+from EqM.engine import acceleration, ema, parallel, precision
 from EqM.engine import optimizer as optim
 from EqM.engine.trainer import Trainer
-from EqM.run import checkpoint, distributed, resume, saving, seeds
+from EqM.run import checkpoint, distributed, parts, resume, saving, seeds
 from EqM.run.errors import UserError, is_out_of_memory
 from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
 from EqM.transport import LOSS_WEIGHTS
@@ -77,6 +77,7 @@ def parse_args(argv=None):
     group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
     group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
     acceleration.add_flags(group)
+    parallel.add_flags(group)
     group = parser.add_argument_group("run")
     group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
     group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
@@ -102,20 +103,31 @@ def parse_args(argv=None):
         parser.error("give either --data-path, to encode as you train, or --latents")
     if args.latents and (args.csv or args.frame_interval or args.image_column or args.label_column):
         parser.error("--csv, --frame-interval and columns were settled when --latents was made; leave them out")
-    if args.grad_checkpointing and args.ebm != "none":
-        parser.error("--grad-checkpointing cannot recompute an energy's field, which is differentiated twice; drop one")
+    for flag, asked in (("--grad-checkpointing", args.grad_checkpointing), ("--recompute", args.recompute)):
+        if asked and asked != "nothing" and args.ebm != "none":
+            parser.error(f"{flag} cannot recompute an energy's field, which is differentiated twice; drop one")
     if args.min_lr and (args.lr_schedule != "cosine" or args.min_lr > args.lr):
         parser.error(f"--min-lr {args.min_lr:g} is where --lr-schedule cosine ends, below --lr {args.lr:g}")
     cli.check_c(parser, args)
     watch.check(parser, args)
     if args.init_positions and not (args.init_from and args.video):
         parser.error("--init-positions is for --video that starts --init-from other weights")
+    if args.weights != "ema" and not args.init_from:
+        parser.error("--weights says which ones of --init-from to take; give both")
     for name in ("ema_decay", "ema_std"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
             parser.error(f"--{name.replace('_', '-')} has {', '.join(map(str, values))}, one of them twice")
     if len(args.ema_decay) == 1:
         (args.ema_decay,) = args.ema_decay
+    if args.shard and args.optimizer == "muon":
+        parser.error("--optimizer muon wants whole matrices, which --shard splits; drop one")
+    if args.split_checkpoints and args.ema_std:
+        parser.error("--ema-std keeps snapshots as whole files, and --split-checkpoints writes none; drop one")
+    if args.shard and args.eval_every:
+        parser.error("--eval-every samples on each rank alone, which --shard does not allow; run evaluate.py instead")
+    if args.shard and args.ebm != "none":
+        parser.error("--shard cannot split an energy model, whose field is differentiated twice; drop one")
     architecture.check_geometry(args)
     return args
 
@@ -146,10 +158,21 @@ class Saver:
         self.dataset = dataset
         self.data = data
         self.log = log
-        self.copy = saving.HostCopy()
+        self.sharded = parallel.splits(args, ranks)
+        self.group = distributed.new_group(ranks) if self.sharded and args.split_checkpoints else None
+        self.keeps = ranks.is_main or self.group is not None  # what this rank copies, it has memory for
+        self.folder = distributed.on_main(ranks, lambda: log.folder) / "checkpoints"
+        self.copy = saving.HostCopy(ranks.is_main, parts=self.group is not None)
         self.thread = saving.Background()
-        self.check = self.thread.check
         self.last = None  # step
+        self.reserved = False
+
+    def check(self):
+        if self.keeps and not self.reserved:  # after the first step, which made the moments
+            kept = {name: part.state_dict() for name, part in self.trainer.parts().items() if name != "scaler"}
+            self.thread.start(self.copy.reserve, kept)  # without the scaler, whose state waits for the device
+            self.reserved = True
+        self.thread.check()
 
     def __call__(self, step, wait=False):
         if step != self.last:
@@ -163,37 +186,46 @@ class Saver:
         trainer = self.trainer
         trainer.guard.check(step, trainer.scaler.get_scale())
         meter_state = self.meter.state_dict()
-        if not self.ranks.is_main:
-            return
-        state = {
-            **{name: part.state_dict() for name, part in trainer.parts().items()},
-            "args": resume.absolute(vars(self.args)),
-            "step": step,
-            "epoch": step * self.args.global_batch_size // len(self.dataset),
-            "meter": meter_state,
-            "rng": {"global_seed": self.args.global_seed, "step": step},  # all there is: see seeds.py
-            "class_names": self.dataset.class_names,
-            "data": self.data,
-            **identity(trainer.run_in, self.ranks),
-        }
-        path = self.log.folder / "checkpoints" / f"{step:07d}.pt"
-        write = partial(write_checkpoint, path, self.args.keep_checkpoints, self.log)
+        if self.keeps or self.sharded:
+            self._write(step, {
+                **{name: part.state_dict() for name, part in trainer.parts().items()},
+                "args": resume.absolute(vars(self.args)),
+                "step": step,
+                "epoch": step * self.args.global_batch_size // len(self.dataset),
+                "meter": meter_state,
+                "rng": {"global_seed": self.args.global_seed, "step": step},  # all there is: see seeds.py
+                "class_names": self.dataset.class_names,
+                "data": self.data,
+                **identity(trainer.run_in, self.ranks),
+            })  # fmt: skip
+
+    def _write(self, step, state):
+        save = checkpoint.save
+        if self.group is not None:
+            save = partial(parts.save, is_main=self.ranks.is_main, group=self.group)
+        write = partial(write_checkpoint, save, self.folder / f"{step:07d}.pt", self.args.keep_checkpoints, self.log)
         try:
             copied = self.copy.take(state)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if self.sharded or not is_out_of_memory(error):
                 raise
             self.copy = saving.HostCopy()
             self.log.info("There is no memory for a copy of the state: training waits until it is written")
             write(state, lambda: None)
         else:
-            self.thread.start(write, copied, distributed.fence(self.ranks.device))
+            if self.keeps:
+                self.thread.start(write, copied, distributed.fence(self.ranks.device))
 
 
-def write_checkpoint(path, keep, log, state, arrived):
-    """Write a checkpoint and what goes with it. keep: how many to keep, None for all. arrived: waits for the state."""
+def write_checkpoint(save, path, keep, log, state, arrived):
+    """Write a checkpoint and what goes with it, for which each rank that keeps some of it must call.
+
+    save: called with path and state. keep: how many to keep, None for all. arrived: waits for the state.
+    """
     arrived()
-    checkpoint.save(path, state)
+    save(path, state)
+    if log.folder is None:
+        return
     ema.keep_snapshot(path, state)
     if keep:
         checkpoint.prune(path.parent, keep)
@@ -201,13 +233,17 @@ def write_checkpoint(path, keep, log, state, arrived):
     log.draw()
 
 
-def find_checkpoint(args, ranks, data):
-    """The resume.Choice of all ranks, which the main one makes, and what that checkpoint holds, or None."""
+def find_checkpoint(args, ranks, data, like):
+    """The resume.Choice of all ranks, which the main one makes, and what that checkpoint holds, or None.
+
+    like: a parameter, as checkpoint.load takes it.
+    """
     choice = resume.Choice(args.ckpt)
     if args.ckpt == "latest" or (args.auto_resume and not args.ckpt):
         required = args.ckpt == "latest"
         choice = distributed.on_main(ranks, lambda: resume.choose(args.results_dir, vars(args), data, required))
-    saved = resume.load_on_all(choice.path, checkpoint.load, distributed.all_agree) if choice.path else None
+    load = partial(checkpoint.load, like=like)
+    saved = resume.load_on_all(choice.path, load, distributed.all_agree) if choice.path else None
     return choice, saved
 
 
@@ -217,7 +253,7 @@ def open_run(args, ranks, trainer, meter, dataset):
     Returns (log, step to go on from, what a checkpoint says of the data).
     """
     data = distributed.on_main(ranks, dataset.digest)
-    choice, saved = find_checkpoint(args, ranks, data)
+    choice, saved = find_checkpoint(args, ranks, data, next(trainer.model.parameters()))
     first_step, started = 0, []
     in_found_run = saved is not None and choice.path != args.ckpt  # its folder was found, not named
     if saved:
@@ -291,12 +327,13 @@ def main():
     dataset = open_dataset(args)
     looks = watch.Looks(args, ranks, dataset.class_names)
     loader.micro_batch_size(args, ranks)
+    parallel.check_flags(args, ranks, dataset.notes.append)
     total_steps = resume.total_steps(vars(args), len(dataset))
 
     needs_autoencoder = not args.latents or looks.need_autoencoder
     autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in)) if needs_autoencoder else None
     torch.manual_seed(args.global_seed)
-    model = architecture.build_model(args).to(ranks.device)
+    model = architecture.build_model(args).to("cpu" if parallel.splits(args, ranks) else ranks.device)
     trainer = Trainer(args, model, run_in, total_steps, ranks, dataset.notes.append)
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)

@@ -53,7 +53,7 @@ def fit(model, theirs, saved, rebuild, class_names=None, positions=None, path="t
     if not any(name.startswith("blocks.") for name in state):
         raise UserError(f"--init-from {path}: no block of it fits this model; its tensors are {_few(theirs)}")
     absent = [name for name in plain if name not in state]
-    rows = [("left", f"{_few(_tops(absent))}: not there, as at any start")] if absent else []
+    rows = [("left", f"{_few(_tops(absent))}: not there or of another shape; as at any start")] if absent else []
     for part in (
         _first_layer(theirs, ours),
         _last_layer(theirs, ours, model.learn_sigma),
@@ -109,17 +109,17 @@ def _of_channels(x, axis, count):
 
 def _geometry(state):
     """(C, pt, p) of a state dict, or None if its first layer is none of ours."""
-    weight = state.get(f"{FIRST}.weight")
-    if weight is None or weight.ndim not in (4, 5):
+    weight, bias = state.get(f"{FIRST}.weight"), state.get(f"{FIRST}.bias")
+    if weight is None or bias is None or weight.ndim not in (4, 5) or bias.shape != weight.shape[:1]:
         return None
-    weight = _as_clip(weight)
-    return weight.shape[1], weight.shape[2], weight.shape[3]
+    _, channels, frames, height, width = _as_clip(weight).shape
+    return (channels, frames, height) if height == width else None
 
 
 def _what_differs(theirs, ours):
     """Words for how channels and frames of a patch differ, and for why first and last layer cannot be taken."""
     there, here = _geometry(theirs), _geometry(ours)
-    if there is None:
+    if there is None or len(theirs[f"{FIRST}.bias"]) != len(ours[f"{FIRST}.bias"]):
         return "", "not there, or of another kind"
     if there[2] != here[2]:
         return "", f"patches of {there[2]} x {there[2]} there, {here[2]} x {here[2]} here"
@@ -134,8 +134,8 @@ def _first_layer(theirs, ours):
     """A patch of equal frames gives the token it gave; channels that are new count for nothing at first."""
     how, obstacle = _what_differs(theirs, ours)
     shape = ours[f"{FIRST}.weight"].shape
-    if obstacle or f"{FIRST}.bias" not in theirs:
-        return _Part({}, f"{FIRST}: {obstacle or 'no bias there'}; as at any start")
+    if obstacle:
+        return _Part({}, f"{FIRST}: {obstacle}; as at any start")
     weight = _as_clip(theirs[f"{FIRST}.weight"])
     channels, frames, _ = _geometry(ours)
     if weight.shape[2] != frames:
@@ -150,8 +150,9 @@ def _last_layer(theirs, ours, learn_sigma):
     """Every frame of a patch gets the field of the image, or of the patch's mean frame; new channels get zero."""
     how, obstacle = _what_differs(theirs, ours)
     weight, bias = (theirs.get(f"{LAST}.{name}") for name in ("weight", "bias"))
-    if obstacle or weight is None or bias is None:
-        return _Part({}, f"{LAST}: {obstacle or 'not there'}; as at any start")
+    whole = weight is not None and bias is not None and weight.shape == (*bias.shape, ours[f"{LAST}.weight"].shape[1])
+    if obstacle or not whole:
+        return _Part({}, f"{LAST}: {obstacle or 'not there, or of another kind'}; as at any start")
     (C, pt, p), (channels, frames, _) = _geometry(theirs), _geometry(ours)
     k, rest = divmod(len(weight), pt * p * p * C)
     if rest or k not in (1, 2):
@@ -171,7 +172,7 @@ def _last_layer(theirs, ours, learn_sigma):
 def _classes(theirs, ours, saved, class_names):
     """Rows go by class name where both know names, by number where neither does and the counts agree."""
     table, count = theirs.get(CLASSES), len(ours[CLASSES]) - 1
-    if table is None or len(table) < 2:
+    if table is None or table.ndim != 2 or len(table) < 2:
         return _Part({}, "classes: not there, as at any start")
     old, null = table[:-1].float(), table[-1:].float()
     names = saved.get("class_names")
@@ -213,7 +214,7 @@ def _positions(model, theirs, saved, wanted):
     """They are frozen: the checkpoint's where the grid is the same, else computed."""
     ours, there, width = model.pos_embed, theirs.get("pos_embed"), model.pos_embed.shape[-1]
     grid = (1, *model.grid)[-3:]
-    usable = there is not None and there.ndim == 3 and _geometry(theirs) is not None
+    usable = there is not None and there.shape[::2] == (1, width) and _geometry(theirs) is not None
     grid_there = _grid(theirs, saved) if usable else None
     from_images = usable and theirs[f"{FIRST}.weight"].ndim == 4
     if len(model.grid) == 3 and (wanted or ("repeat" if from_images else "new")) == "repeat":
@@ -230,9 +231,14 @@ def _positions(model, theirs, saved, wanted):
 
 
 def _tops(names):
-    """Parts that tensors are of, in order: blocks.0.attn.qkv.weight is of blocks.0."""
-    parts = (".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1]) for name in names)
-    return list(dict.fromkeys(parts))
+    """Parts that tensors are of, in order, blocks taken together: final_layer, blocks.0 to blocks.11."""
+    parts = list(dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith("blocks.")]) for name in names))
+    blocks = [part for part in parts if part.startswith("blocks.")]
+    if len(blocks) > 1:
+        at = parts.index(blocks[0])
+        parts = [part for part in parts if part not in blocks]
+        parts.insert(at, f"{blocks[0]} to {blocks[-1]}")
+    return parts
 
 
 def _few(names):

@@ -65,13 +65,17 @@ def dispersive_loss(tokens: torch.Tensor) -> torch.Tensor:
     """InfoNCE-L2 dispersive loss (Wang & He 2025, arXiv 2506.09027) of a batch of activations, a scalar.
 
     tokens: (N, ...), flattened to (N, dim). log of the mean over all N x N pairs, diagonal included, of
-    exp(-d^2 / dim). In FP32: the square of a distance over 10^5 dimensions does not fit FP16.
+    exp(-d^2 / dim), in FP32. Distances come from the products of all pairs, which needs no memory of (N, N, dim) as the
+    backward pass of pdist does on a GPU. In FP64, where the difference of such products is as good as that of samples.
     """
-    z = tokens.float().flatten(1)
+    z = tokens.double().flatten(1)
+    z = z - z.detach().mean(0)  # distances stay, and products are no larger than they
     N, dim = z.shape
-    squared = torch.nn.functional.pdist(z).square() / dim  # the N (N - 1) / 2 pairs above the diagonal
-    pairs = torch.cat([-squared, -squared, z.new_zeros(N)])
-    return pairs.logsumexp(0) - 2 * math.log(N)
+    products = z @ z.T
+    squares = products.diagonal()
+    squared = squares[:, None] + squares - 2 * products  # (N, N) distances
+    pairs = (-squared / dim).flatten()
+    return (pairs.logsumexp(0) - 2 * math.log(N)).float()
 
 
 @dataclass(frozen=True)

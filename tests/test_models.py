@@ -320,6 +320,17 @@ def test_return_act_gives_every_block_output_up_to_what_the_final_layer_reads(eb
     torch.testing.assert_close(field, model(*batch))
 
 
+@pytest.mark.parametrize("input_size", [IMAGE, CLIP])
+def test_tokens_are_contiguous_in_every_block_and_the_field_is_that_of_a_transposed_view(input_size):
+    model = build(input_size)
+    batch = inputs(model)
+    field, acts = model(*batch, return_act=True)
+    assert all(act.is_contiguous() for act in acts)
+    model.x_embedder.forward = lambda x: model.x_embedder.proj(x).flatten(2).transpose(1, 2)
+    same, acts = model(*batch, return_act=True)
+    assert torch.equal(field, same) and not acts[-1].is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -19,9 +19,10 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.cli": 4, "EqM.recipe": 4, "EqM.trace": 4, "EqM.metrics": 4,
     "EqM.watch": 5,
     "EqM.train": 6, "EqM.sample_gd": 6, "EqM.extract_latents": 6, "EqM.evaluate": 6, "EqM.score": 6,
+    "EqM.export": 6, "EqM.gather": 6,
     "EqM.measure": 7,
 }  # fmt: skip
-COMMANDS = ("train", "sample_gd", "extract_latents", "evaluate", "score")
+COMMANDS = ("train", "sample_gd", "extract_latents", "evaluate", "score", "export")
 
 
 def imports_of_ours():

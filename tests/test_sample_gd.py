@@ -284,6 +284,8 @@ def test_evaluations_are_counted_and_summed_up(sample, image_ckpt):
             assert np.abs(ours.astype(int) - theirs).max() <= 1
     more = sample(image_ckpt, *STOPPING, "--num-fid-samples", 7)
     assert "2 of 7 samples to make" in more.out and column(more.folder, "evaluations")[:5] == [str(n) for n in counts]
+    sample(image_ckpt, *STOPPING, "--num-fid-samples", 3)
+    assert "0 of 7 samples to make" in sample(image_ckpt, *STOPPING, "--num-fid-samples", 7).out
 
 
 def test_a_kill_loses_no_count(sample, image_ckpt, monkeypatch):

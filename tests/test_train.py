@@ -318,7 +318,7 @@ def test_a_start_that_does_not_fit_leaves_no_run_folder(train, tmp_path):
         result = train("--init-from", tmp_path / path)
         assert result.code == 2 and message in result.err and result.folder is None
         assert len(result.err.strip().splitlines()) == 1, result.err
-    assert train("--init-positions", "new").code == 2
+    assert train("--init-positions", "new").code == train("--weights", "model").code == 2
 
 
 def test_checkpoints_are_pruned_to_the_newest(train):
@@ -480,3 +480,17 @@ def test_another_c_names_the_run_is_saved_and_is_another_run(train):
     torch.save(saved, default.checkpoints[0])
     assert ", exactly" in train(*flags, "--max-steps", 3).out
     assert "c_scale 4.0 -> 5.0" in train(*flags, "--c-scale", 5).out
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_run_with_muon_and_decay_goes_on_exactly_and_with_another_optimizer_not_at_all(train, name):
+    flags = [*PRECISIONS[name], "--epochs", 50, "--weight-decay", 0.1, "--betas", 0.8, 0.9, "--auto-resume"]
+    muon = [*flags, "--optimizer", "muon", "--lr-schedule", "cosine", "--min-lr", 1e-5]
+    straight = train(*muon, "--max-steps", 4, "--ckpt-every", 2, root="straight")
+    assert straight.code == 0, straight.err
+    end = straight.checkpoints[-1].rename(straight.folder / "end.pt")
+    resumed = train(*muon, "--max-steps", 4, root="straight")
+    assert ", exactly" in resumed.out and resumed.checkpoints[-1].name == "0000004.pt"
+    assert_same_checkpoint(end, resumed.checkpoints[-1])
+    other = train(*flags, "--max-steps", 5, root="straight")
+    assert other.code == 2 and other.err.count("\n") == 1 and "of another --optimizer" in other.err

@@ -168,7 +168,7 @@ def test_fewer_and_more_blocks_and_parts_of_others_are_told():
     before = deeper.blocks[3].mlp.fc1.weight.clone()
     deeper, table = moved(old, deeper)
     assert torch.equal(deeper.blocks[3].mlp.fc1.weight, before)
-    assert "left     blocks.3: not there, as at any start" in table
+    assert "left     blocks.3: not there or of another shape; as at any start" in table
 
 
 def test_nothing_that_fits_is_one_line():
@@ -176,6 +176,31 @@ def test_nothing_that_fits_is_one_line():
         moved(network(), network(width=48))
     with pytest.raises(UserError, match="no block of it fits this model; its tensors are conv.weight"):
         transplant.fit(network(), {"conv.weight": torch.zeros(3)}, {}, dict)
+
+
+def test_parts_of_another_kind_are_left_whatever_their_shape():
+    """A file from elsewhere may call anything by our names."""
+    odd = [
+        torch.zeros(0),
+        torch.zeros(()),
+        torch.zeros(3),
+        torch.zeros(2, 24),
+        torch.zeros(24, 3, 2, 4),
+        torch.ones(4, 4, 24),
+    ]
+    names = [name for name in network().state_dict() if "blocks" not in name]
+    for name in names:
+        for value in odd:
+            new = network(seed=1)
+            fresh = new.state_dict()
+            state = {**network().state_dict(), name: value}
+            try:
+                fitted, table = transplant.fit(new, state, {"args": {"clip_len": 0}}, lambda fresh=fresh: fresh, NAMES)
+            except UserError as error:
+                assert "wide and this model" in str(error)
+                continue
+            assert fitted[name].shape == fresh[name].shape
+            assert any(word in "\n".join(table) for word in ("left ", "positions: new", "classes: "))
 
 
 def test_a_file_of_any_spelling_is_a_start(tmp_path):

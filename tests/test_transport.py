@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from EqM import transport
 from EqM.transport import LOSS_WEIGHTS, PATHS, PREDICTIONS, Transport, c, dispersive_loss
@@ -196,6 +197,47 @@ def test_dispersive_loss_takes_16_bit_tokens_and_pushes_them_apart():
     assert dispersive_loss((z - 0.1 * z.grad).detach()) < before
     spread = (z - 0.1 * z.grad).detach()
     assert torch.pdist(spread).mean() > torch.pdist(z.detach()).mean()
+
+
+def by_distances(z):
+    """The dispersive loss from the distances themselves, and its gradient."""
+    z = z.clone().requires_grad_()
+    squared = torch.pdist(z).square() / z.shape[1]
+    loss = torch.cat([-squared, -squared, z.new_zeros(len(z))]).logsumexp(0) - 2 * math.log(len(z))
+    return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+@pytest.mark.parametrize(
+    ("apart", "groups", "offset"),
+    [(1.0, 1, 0.0), (1.0, 1, 100.0), (1e-3, 1, 30.0), (1e-4, 3, 1.0)],
+    ids=["apart", "far from zero", "all nearly equal", "nearly equal in pairs"],
+)
+def test_dispersive_loss_is_as_exact_as_one_of_distances(apart, groups, offset):
+    torch.manual_seed(0)
+    z = torch.randn(groups, 4096).repeat(6 // groups, 1) + offset + torch.randn(6, 4096) * apart
+    exact, gradient = by_distances(z.double())
+    in_fp32, its_gradient = by_distances(z)
+    z = z.requires_grad_()
+    loss = dispersive_loss(z)
+    (ours,) = torch.autograd.grad(loss, z)
+    assert abs(loss.double() - exact) <= abs(in_fp32.double() - exact) + 1e-7 * abs(exact)
+    assert (ours - gradient).norm() <= (its_gradient - gradient).norm() + 1e-7 * gradient.norm()
+
+
+def test_dispersive_loss_makes_nothing_as_large_as_all_differences():
+    N, dim = 32, 64
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(leaf))
+            assert "dist" not in func.overloadpacket.__name__
+            return out
+
+    with Sizes():
+        dispersive_loss(torch.randn(N, dim, requires_grad=True)).backward()
+    assert 0 < max(sizes) <= N * dim
 
 
 def test_identical_tokens_have_a_finite_gradient():

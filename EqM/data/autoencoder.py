@@ -220,19 +220,38 @@ def load(name, run_in):
     return VAE(network, run_in, scale, shift)
 
 
+@contextmanager
+def _quiet():
+    """What diffusers tells of a config's old names or of another format on its way; what is wrong it raises."""
+    log = logging.getLogger("diffusers")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
 def _network(kind, name):
     import diffusers  # seconds to import, and pixel-space runs do without
 
-    for name_of_logger in ("huggingface_hub", "diffusers.configuration_utils"):  # every retry; names of old settings
-        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry
 
     def get(place, folder, local_files_only):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             # The default of low_cpu_mem_usage wants another package, only to save a moment's memory.
-            return getattr(diffusers, kind).from_pretrained(
-                place, subfolder=folder, local_files_only=local_files_only, low_cpu_mem_usage=False
+            network, told = getattr(diffusers, kind).from_pretrained(
+                place,
+                subfolder=folder,
+                local_files_only=local_files_only,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
+        if missing := told["missing_keys"]:  # which would be random
+            raise ValueError(f"{len(missing)} of its weights are missing, first {min(missing)}")
+        return network
 
     if name not in PUBLISHED:
         return from_hub(get, name) if is_hub_name(name) else get(name, None, True)

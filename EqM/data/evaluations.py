@@ -41,21 +41,15 @@ def known(folder):
     return counts
 
 
-def gather(folder, names):
-    """Put what is known of these samples into one file, and drop what else ranks before wrote."""
-    counts = known(folder)
+def gather(folder, told=()):
+    """Put what is known into one file, but for the names that labels.csv tells, and drop what ranks wrote before."""
+    rest = {name: count for name, count in known(folder).items() if name not in set(told)}
     before = list(folder.glob("evaluations.*.csv"))
-    partial = folder / "evaluations.partial"
+    kept, partial = folder / "evaluations.csv", folder / "evaluations.partial"
     with open(partial, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows((name, counts[name]) for name in names if name in counts)
-    partial.replace(folder / "evaluations.csv")
-    for path in before:
-        path.unlink()
-
-
-def forget(folder):
-    """Remove what labels.csv says by now."""
-    for path in folder.glob("evaluations*.csv"):
+        csv.writer(file).writerows(rest.items())
+    partial.replace(kept)
+    for path in (*before, *([] if rest else [kept])):
         path.unlink()
 
 

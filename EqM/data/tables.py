@@ -72,7 +72,7 @@ def open_table(args, flip):
         rows, media, name, labels, class_names, args.image_size, clip_len, args.frame_interval, flip, args.global_seed
     )
     items.notes = [
-        f"{len(rows)} rows of {printable(name)}: {printable(media)}, and {printable(label)} for labels",
+        f"{len(rows)} rows of {printable(name)}, out of its columns {printable(media)} and {printable(label)}",
         f"{len(class_names)} classes: {some(class_names, 10)}",
     ]
     return items
@@ -157,13 +157,13 @@ class TableItems(LabelledItems):
         """Of each row's label, and size and name of its file: moved or downloaded again, it is the same data."""
         known = self._known()
         names = [b"%d %s" % (size, os.fsencode(os.path.basename(path))) for size, path in known]
-        outside = [os.path.join(self.folder, path) for size, path in known if size < 0]
+        outside = [os.path.join(self.folder, path) for size, path in known if size < 0 and path]
         return resume.data_digest(names, self.labels, outside)
 
     def records(self, root):
         version, found = self._version(), []
         for index, (label, (size, path)) in enumerate(zip(self.labels, self._known(), strict=True)):
-            told = (size, version) if size >= 0 else size_and_time(os.path.join(self.folder, path))
+            told = (size, version) if size >= 0 or not path else size_and_time(os.path.join(self.folder, path))
             found.append((os.fsencode(f"{self._row(index)} {os.path.basename(path)}"), *told, label))
         return found
 

@@ -41,6 +41,10 @@ class EMA:
         self.model = self.models[names[0]]
         self.counts = warmup or bool(stds)
         self.updates = torch.zeros((), device=next(model.parameters()).device)
+        self.follow(model)
+
+    def follow(self, model):
+        """Take up the parameters of all networks, which are other objects once the networks have been sharded."""
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._theirs = [p for name, p in model.named_parameters() if name in trained]
         self._ours = [[p for n, p in copy.named_parameters() if n in trained] for copy in self.models.values()]

@@ -6,6 +6,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from EqM.engine.muon import MuonAdamW
+from EqM.run.shards import whole
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
@@ -25,9 +26,9 @@ def make(kind, *settings):
 
 
 def clip_gradients(model, max_norm=None):
-    """Scale gradients down to max_norm if given. Returns their norm before that, a 0-dim tensor."""
+    """Scale gradients down to max_norm if given. Returns their norm before that, over all ranks' parts, 0-dim."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters])
+    norm = whole(get_total_norm([p.grad for p in parameters]))
     if max_norm is not None:
         clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -1,6 +1,44 @@
-"""A network on several ranks."""
+"""A network on several ranks: whole on each of them, or in parts."""
+
+import warnings
 
 from torch.nn.parallel import DistributedDataParallel
+
+from EqM.run.errors import UserError
+
+
+def add_flags(parser):
+    """--shard and --shard-size, on an argparse parser."""
+    parser.add_argument(
+        "--shard", action="store_true", help="split weights, gradients, moments and EMA over the ranks (FSDP2)"
+    )
+    parser.add_argument(
+        "--shard-size", type=int, metavar="N", help="ranks that share one copy, such as a node's; left out: all"
+    )
+    parser.add_argument(
+        "--split-checkpoints", action="store_true", help="with --shard: folders, to which each rank writes its part"
+    )
+
+
+def check_flags(args, ranks, tell):
+    """Raise UserError unless the ranks can be split as the flags say. tell: called with a line if there is one rank."""
+    if args.shard and ranks.world_size == 1:
+        tell("--shard has no effect: there is one rank")
+    if args.split_checkpoints and not args.shard:
+        raise UserError("--split-checkpoints has each rank write its part of a network that --shard splits; give both")
+    if args.shard_size is None:
+        return
+    if not args.shard:
+        raise UserError(f"--shard-size {args.shard_size} says how --shard splits a network; give --shard too")
+    if args.shard_size < 2 or ranks.world_size % args.shard_size:
+        raise UserError(
+            f"--shard-size {args.shard_size} must be at least 2 and divide the number of ranks, {ranks.world_size}"
+        )
+
+
+def splits(args, ranks):
+    """Whether a network is to be sharded: --shard, and there are several ranks."""
+    return ranks is not None and ranks.world_size > 1 and args.shard
 
 
 def data_parallel(model, ranks):
@@ -9,3 +47,24 @@ def data_parallel(model, ranks):
         return model
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def shard(networks, ranks, size=None):
+    """Split networks over the ranks, in place, from the CPU or their device. Their parameters are then other objects.
+
+    size: how many ranks share one copy; None for all. A block is made whole while it runs, its conditioning apart,
+    since that is called before all blocks; what is no block's stays whole from the forward to the backward pass.
+    Parameters stay FP32, and gradients are averaged in FP32 after each backward pass: nothing is kept whole between
+    micro-batches.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # these take a while to import
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes a field in place
+    shape = (ranks.world_size,) if size in (None, ranks.world_size) else (ranks.world_size // size, size)
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+    for network in networks:
+        for block in network.blocks:
+            fully_shard(block.adaLN_modulation, mesh=mesh)
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)

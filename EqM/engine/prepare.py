@@ -3,29 +3,35 @@
 1. FP32 islands bind forward methods of parts of the network, by name. First, so that what follows wraps them too.
 2. Frozen weights are cast: what stays FP32 is known by now, and a compiled graph would keep the dtypes it met.
 3. Blocks are compiled. Before checkpointing, since PyTorch does not look into a block that is checkpointed.
-4. Blocks are checkpointed, compiled or not.
-5. Data parallel comes last: it hooks the parameters that are trained, and is called in the network's place.
+4. Blocks are checkpointed, compiled or not; else those that are not compiled become operations that keep little.
+5. Data parallel comes last: it hooks the parameters that are trained, and is called in the network's place. Or the
+   network is sharded, and its averages with it: blocks, compiled or not, run whole between FSDP2's hooks.
 
 A copy for averages is taken before all of this (see EMA), and modulation once a descent is put on and off again round
 each descent (`acceleration.modulated_once`).
 """
 
-from EqM.engine import acceleration
-from EqM.engine.parallel import data_parallel
+from EqM.engine import acceleration, parallel, recompute
 
 
-def for_training(model, run_in, args, ranks, tell):
+def for_training(model, run_in, args, ranks, tell, averages=()):
     """The network as a training step calls it: model itself, patched in place, or its data-parallel wrapper.
 
-    args: compile, grad_checkpointing. tell: called with a line where a flag has no effect.
+    args: compile, recompute, grad_checkpointing, shard, shard_size. tell: called with a line where a flag has no
+    effect. averages: copies of the model that are sharded as it is.
     Raises LookupError if the network lacks a part that precision keeps in FP32.
     """
     run_in.keep_islands(model.train())
-    if args.compile:
-        acceleration.compile_blocks(model, run_in, tell, args.grad_checkpointing)
+    recomputing = acceleration.recomputes(args, run_in)
+    compiled = args.compile and acceleration.compile_blocks(model, run_in, tell, args.grad_checkpointing, recomputing)
     if args.grad_checkpointing:
         acceleration.checkpoint_blocks(model, run_in)
-    return data_parallel(model, ranks)
+    elif recomputing and not compiled:
+        recompute.recompute_in(model, run_in)
+    if parallel.splits(args, ranks):
+        parallel.shard([model, *averages], ranks, args.shard_size)
+        return model
+    return parallel.data_parallel(model, ranks)
 
 
 def for_averages(model, run_in):

@@ -28,7 +28,8 @@ class Trainer:
         self.model = model
         # Copies of the network before anything is done to it.
         self.ema = EMA(model, args.ema_decay, args.ema_warmup, args.ema_std or ())
-        self.network = prepare.for_training(model, run_in, args, ranks, tell)
+        self.network = prepare.for_training(model, run_in, args, ranks, tell, averages=list(self.ema.models.values()))
+        self.ema.follow(model)
         self.optimizer = optim.make(args.optimizer, model, args.lr, args.betas, args.weight_decay)
         self.schedule = optim.Schedule(
             self.optimizer, args.lr_schedule, args.warmup_steps, total_steps, run_in.device, args.min_lr

@@ -22,13 +22,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from EqM import cli
 from EqM.data import media
 from EqM.engine.precision import FLAGS
-from EqM.measure.report import machine, table
+from EqM.measure.precisions_report import (
+    FINAL_PART,
+    draw_history,
+    draw_losses,
+    final_losses,
+    sampling_table,
+    training_table,
+    yardstick,
+)
+from EqM.measure.report import machine
 from EqM.run import distributed
 from EqM.run.errors import UserError, reason
 
@@ -38,13 +46,12 @@ if not DATASETS.is_dir():  # an installed package has no demo set, which this co
     cli.complain("compare_precisions: error: the demo set is not here; run it from a checkout of the repository")
     sys.exit(2)
 sys.path.append(str(DATASETS))
+PATHS = os.pathsep.join(map(str, (REPO, DATASETS)))  # for the commands it runs
 
 import score_demo
 
-COLOURS = {"fp32": "black", "bf16": "tab:blue", "fp16": "tab:orange"}
 SHEET_SAMPLES = 4  # on the contact sheet, each nine times
 EARLY_STEPS = 5  # of a short FP32 run: adaLN-Zero starts with small gradients, where FP16 loses most
-FINAL_PART = 0.1  # of the steps, over which the final loss is a mean
 
 OURS = (  # flags of train.py that the comparison sets
     "--use-bf16", "--use-amp", "--no-tf32", "--device", "--global-seed", "--results-dir", "--epochs", "--max-steps",
@@ -77,6 +84,9 @@ def parse_args(argv=None):
     group.add_argument("--seeds", type=cli.positive_int, default=3, help="runs per precision, from --global-seed on")
     group.add_argument("--steps", type=cli.positive_int, default=4000, help="training steps of a run")
     group.add_argument("--num-samples", type=cli.positive_int, default=64, help="samples per table cell and seed")
+    group.add_argument("--reference", help="also judge every cell against this by evaluate.py: FID, or FVD of clips")
+    group.add_argument("--inception", help="with --reference: weights of Inception; left out: torch-fidelity's")
+    group.add_argument("--i3d", help="with --reference: scripted I3D, for FVD")
     group.add_argument("--no-tf32", action="store_true", help="CUDA: FP32 products at 24 bits, not TF32's 11")
     group.add_argument(
         "--jobs", type=cli.positive_int, help="runs at once; left out: one on a GPU, else as many as CPU threads"
@@ -101,11 +111,12 @@ def open_out(args):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         theirs = json.loads(note.read_text(encoding="utf-8")) if note.exists() else described
-        differs = [name for name in described if theirs.get(name, cli.SINCE_0_3.get(name)) != described[name]]
+        differs = [name for name in described if theirs.get(name, cli.ADDED.get(name)) != described[name]]
         if differs:
             raise UserError(f"--out {args.out} holds another comparison ({', '.join(differs)} differ); choose another")
         note.write_text(json.dumps(described, indent=1), encoding="utf-8")
-        (args.out / "logs").mkdir(exist_ok=True)
+        for name in ("logs", "figures"):
+            (args.out / name).mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {args.out} cannot be used: {reason(error)}") from None
 
@@ -116,7 +127,11 @@ def run(script, argv, log, threads):
     with open(log, "w", encoding="utf-8") as file:
         file.write(shlex.join(map(str, command)) + "\n")
         file.flush()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPO)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": PATHS,
+        }
         code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -158,7 +173,8 @@ def training_tasks(args, seeds):
     """Runs that are still to be made: the slowest precision first, a short one in FP32 last."""
     runs = [(name, seed, args.steps) for name in reversed(args.precisions) for seed in seeds]
     runs.append(("fp32", seeds[0], EARLY_STEPS))
-    data = args.train or ["--latents", args.out / "latents", *DEMO_ENCODING, *DEMO_TRAINING]
+    held_out = ["--val-path", args.out / "held-out", "--val-every", args.steps]
+    data = args.train or ["--latents", args.out / "latents", *DEMO_ENCODING, *DEMO_TRAINING, *held_out]
     return [
         (
             "EqM.train",
@@ -191,35 +207,62 @@ def sampling_tasks(args, seeds):
     ]  # fmt: skip
 
 
+def figures_file(args, trained, sampled, seed):
+    return args.out / "figures" / f"train-{trained}-sample-{sampled}-seed{seed}.json"
+
+
+def judging_tasks(args, seeds):
+    """Every cell against --reference, those that are judged already left out."""
+    files = [("--inception", args.inception), ("--i3d", args.i3d)]
+    given = [word for flag, file in files if file for word in (flag, file)]
+    device = ["--device", args.device] if args.device else []
+    return [
+        (
+            "EqM.evaluate",
+            ["--samples", sample_folder(args, *cell), "--reference", args.reference, *given, *device,
+             "--json", figures_file(args, *cell)],
+            args.out / "logs" / f"judge-{'-'.join(map(str, cell))}.txt",
+        )
+        for cell in ((trained, sampled, seed) for trained in args.precisions for sampled in args.precisions
+                     for seed in seeds)
+        if args.reference and not figures_file(args, *cell).exists()
+    ]  # fmt: skip
+
+
+def judged(args, trained, sampled, seeds):
+    """(name of the figure, its value for each seed) of a cell: FVD where there is one, else FID; None without any."""
+    if not args.reference:
+        return None
+    files = [figures_file(args, trained, sampled, seed) for seed in seeds]
+    each = [json.loads(file.read_text(encoding="utf-8"))["results"][0] for file in files]
+    name = next(name for name in ("fvd", "fid", "frame_fid") if name in each[0])
+    return name.upper().replace("_", " "), [figures[name] for figures in each]
+
+
 def histories(args, seeds):
-    """{precision: {column of metrics.csv: array (seeds, logged steps)}}, also written to history.csv."""
-    found, rows = {}, []
+    """({precision: {column of metrics.csv: array (seeds, logged steps)}}, {precision: last held-out losses, (seeds,)}).
+
+    The first is also written to history.csv. The second is of the averages, and empty where nothing was held out.
+    """
+    found, rows, held_out = {}, [], {}
     for name in args.precisions:
         runs = []
         for seed in seeds:
             metrics = checkpoint_of(args, name, seed).parents[1] / "metrics.csv"
             with open(metrics, newline="", encoding="utf-8") as file:
-                runs.append(list(csv.DictReader(file)))
+                logged = list(csv.DictReader(file))
+            runs.append([row for row in logged if row["Train Loss"]])
             rows += [{"precision": name, "seed": seed, **row} for row in runs[-1]]
-        found[name] = {key: np.array([[float(row[key]) for row in each] for each in runs]) for key in runs[0][0]}
+            held_out.setdefault(name, []).extend(
+                [float(r["EMA Val Loss"]) for r in logged if r.get("EMA Val Loss")][-1:]
+            )
+        columns = [key for key, value in runs[0][0].items() if value]
+        found[name] = {key: np.array([[float(row[key]) for row in each] for each in runs]) for key in columns}
     with open(args.out / "history.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    return found
-
-
-def spread(values):
-    """Standard deviation over seeds; nan of a single one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def final_losses(history):
-    """{precision: loss of each seed, (seeds,)}: the mean over the last part of the logged steps."""
-    return {
-        name: columns["Train Loss"][:, -max(1, round(FINAL_PART * columns["step"].shape[1])) :].mean(axis=1)
-        for name, columns in history.items()
-    }
+    return found, {name: np.array(losses) for name, losses in held_out.items()}
 
 
 def psnr(samples, reference):
@@ -233,10 +276,11 @@ def psnr(samples, reference):
 
 
 def cells(args, seeds):
-    """({(trained, sampled): {psnr, worst, scores}}, {trained: PSNR between checkpoints}).
+    """({(trained, sampled): {psnr, worst, scores, figure}}, {trained: PSNR between checkpoints}).
 
-    scores: share of samples that show their class, one per seed; empty for other data than the demo's. The second:
-    samples in FP32 of a checkpoint against those of FP32's from the same seed; of FP32 itself, from the seed before.
+    scores: share of samples that show their class, one per seed; empty for other data than the demo's. figure: as
+    `judged` gives it. The second: samples in FP32 of a checkpoint against those of FP32's from the same seed; of FP32
+    itself, from the seed before.
     """
     clips, scores = {}, {}
     for trained in args.precisions:
@@ -247,7 +291,10 @@ def cells(args, seeds):
     found = {}
     for (trained, sampled), ours in clips.items():
         whole, worst = psnr(sum(ours, []), sum(clips[trained, "fp32"], []))
-        found[trained, sampled] = {"psnr": whole, "worst": worst, "scores": scores[trained, sampled]}
+        figure = judged(args, trained, sampled, seeds)
+        found[trained, sampled] = {
+            "psnr": whole, "worst": worst, "scores": scores[trained, sampled], "figure": figure,
+        }  # fmt: skip
     plain = clips["fp32", "fp32"]
     between = {name: psnr(sum(clips[name, "fp32"], []), sum(plain, []))[0] for name in args.precisions}
     between["fp32"] = psnr(sum(plain, []), sum(plain[-1:] + plain[:-1], []))[0]
@@ -270,126 +317,18 @@ def contact_sheet(args, seed):
     return media.contact_sheet(shown, names, columns=len(args.precisions))
 
 
-def band(axes, steps, runs, name):
-    """Draw the mean over seeds and, around it, the range. runs: (seeds, logged steps)."""
-    axes.plot(steps, runs.mean(axis=0), label=name.upper(), color=COLOURS[name], linewidth=1)
-    axes.fill_between(steps, runs.min(axis=0), runs.max(axis=0), alpha=0.2, color=COLOURS[name], linewidth=0)
-
-
-def draw_losses(history):
-    """Loss curves with their range over seeds; their difference from FP32 of the same seed; its size beside noise."""
-    figure = Figure(figsize=(8, 10), layout="constrained")
-    losses, differences, sizes = figure.subplots(3, 1, sharex=True)
-    reference, steps = history["fp32"]["Train Loss"], history["fp32"]["step"][0]
-    for name, columns in history.items():
-        band(losses, steps, columns["Train Loss"], name)
-        if name != "fp32":
-            difference = columns["Train Loss"] - reference
-            band(differences, steps, difference, name)
-            sizes.plot(steps, abs(difference).mean(axis=0), label=name.upper(), color=COLOURS[name], linewidth=1)
-    if len(reference) > 1:
-        deviation = reference.std(axis=0, ddof=1)
-        sizes.plot(steps, deviation, "k--", linewidth=1, label="FP32, standard deviation between seeds")
-    losses.set(ylabel="training loss", yscale="log", title="Mean over seeds, shaded: their range")
-    differences.set(ylabel="loss minus FP32's, same seed")
-    sizes.set(ylabel="size of that difference", yscale="log", xlabel="step")
-    for axes in (losses, differences, sizes):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-        axes.grid(alpha=0.3)
-    return figure
-
-
-def draw_history(history):
-    """Gradient norm of all precisions; scale and skipped steps of FP16's runs."""
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    norm, scale, skipped = figure.subplots(3, 1, sharex=True)
-    for name, columns in history.items():
-        band(norm, columns["step"][0], columns["Grad Norm"], name)
-    for i in range(len(history.get("fp16", {}).get("step", []))):
-        columns = history["fp16"]
-        scale.step(columns["step"][i], columns["Scale"][i], where="post", label=f"FP16, run {i + 1}")
-        skipped.step(columns["step"][i], columns["Skipped Steps"][i], where="post", label=f"FP16, run {i + 1}")
-    norm.set(ylabel="gradient norm before clipping", yscale="log")
-    scale.set(ylabel="scale of the loss")
-    scale.set_yscale("log", base=2)
-    skipped.set(ylabel="steps skipped so far", xlabel="step")
-    for axes in (norm, scale, skipped):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-        axes.grid(alpha=0.3)
-    return figure
-
-
 def how_it_ran(args, name, seed):
     """What the log of a run says of its precision."""
     log = checkpoint_of(args, name, seed).parents[1] / "log.txt"
     return log.read_text(encoding="utf-8").split("Precision: ")[1].splitlines()[0]
 
 
-def plus_minus(values, digits=4, unit=1.0):
-    """Mean of an array over seeds and, if there are several, the standard deviation between them."""
-    values = unit * np.asarray(values)
-    deviation = f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{deviation}"
-
-
-def decibels(value):
-    return f"{value:.1f} dB" if math.isfinite(value) else "identical"
-
-
-def training_table(history, losses, between):
-    header = [
-        "trained in", "final loss", "minus FP32's, same seed", "gradient norm", "scale at the end", "skipped steps",
-        "steps/s", "samples against FP32's checkpoint",
-    ]  # fmt: skip
-    rows = []
-    for name, columns in history.items():
-        difference = "" if name == "fp32" else plus_minus(losses[name] - losses["fp32"])
-        several = len(losses[name]) > 1
-        likeness = decibels(between[name]) if name != "fp32" or several else ""
-        rows.append([
-            name.upper(),
-            plus_minus(losses[name]),
-            difference,
-            plus_minus(columns["Grad Norm"][:, -1], 2),
-            ", ".join(f"{scale:g}" for scale in columns["Scale"][:, -1]) if name == "fp16" else "",
-            ", ".join(f"{count:g}" for count in columns["Skipped Steps"][:, -1]),
-            f"{np.median(columns['Train Steps/Sec']):.1f}",
-            likeness + (" (another seed)" if name == "fp32" and several else ""),
-        ])  # fmt: skip
-    return table(header, rows)
-
-
-def yardstick(losses):
-    """How large differences of the final loss are beside the spread between seeds, in one sentence a precision."""
-    seeds = spread(losses["fp32"])
-    if not seeds > 0:
-        return "One seed has no spread: the differences have no yardstick.\n"
-    shares = {name: abs((loss - losses["fp32"]).mean()) / seeds for name, loss in losses.items() if name != "fp32"}
-    told = "".join(
-        f"; {name.upper()}'s mean difference from FP32 is {share:.3f} of that" for name, share in shares.items()
-    )
-    return f"Between seeds FP32's final loss deviates by {seeds:.4f}{told}.\n"
-
-
-def sampling_table(args, found):
-    def cell(trained, sampled):
-        figures = found[trained, sampled]
-        worst = f" (worst {decibels(figures['worst'])})" if math.isfinite(figures["worst"]) else ""
-        likeness = "" if sampled == "fp32" else decibels(figures["psnr"]) + worst
-        score = f"{plus_minus(figures['scores'], 1, 100)} %" if figures["scores"] else ""
-        return "; ".join(filter(None, [likeness, score])) or "the reference"
-
-    rows = [[name.upper(), *(cell(name, sampled) for sampled in args.precisions)] for name in args.precisions]
-    return table(["trained in", *(f"sampled in {name.upper()}" for name in args.precisions)], rows)
-
-
-def report(args, device, seeds, minutes, history):
+def report(args, device, seeds, minutes, history, held_out):
     """The whole report, as Markdown."""
     losses, (found, between) = final_losses(history), cells(args, seeds)
     data = shlex.join(args.train) if args.train else "the demo set"
     modes = "".join(f"- {name.upper()}: {how_it_ran(args, name, seeds[0])}\n" for name in args.precisions)
+    against = f"; then the figure against {args.reference}" if args.reference else ""
     score = "" if args.train else "; then the share of samples that show their class, with the deviation between seeds"
     command = f"python -m EqM.measure.compare_precisions {shlex.join(sys.argv[1:])}"
     errors = (args.out / "precision_error.md").read_text(encoding="utf-8")
@@ -403,15 +342,15 @@ def report(args, device, seeds, minutes, history):
 
 Final losses are means over the last {100 * FINAL_PART:g} % of the steps; ± is the standard deviation between seeds.
 {yardstick(losses)}
-{training_table(history, losses, between)}
+{training_table(history, losses, held_out, between)}
 ![Loss of the three precisions, and their difference](loss.png)
 
 ![Gradient norm, scale and skipped steps](history.png)
 
 ## Sampling
 
-Each cell: PSNR to FP32 sampling of the same checkpoints, over {args.num_samples} samples a seed{score}. Clips are
-compared as written: GIFs, of 256 colours a frame at most.
+Each cell: PSNR to FP32 sampling of the same checkpoints, over {args.num_samples} samples a seed{score}{against}. Clips
+are compared as written: GIFs, of 256 colours a frame at most.
 
 {sampling_table(args, found)}
 ![The same samples in each cell](samples.png)
@@ -433,6 +372,9 @@ def main():
     if not args.train:
         encode = ["--data-path", DATASETS / "demo", *DEMO_ENCODING, *common_flags(args), "--out", args.out / "latents"]
         run_all([("EqM.extract_latents", encode, logs / "latents.txt")], 1, threads, "encode")
+        if not (args.out / "held-out").exists():
+            words = ["--seed", 1, "--clips-per-class", 8, "--out", args.out / "held-out"]
+            run_all([("make_demo_set", words, logs / "held-out.txt")], 1, threads, "held-out clips")
     run_all(training_tasks(args, seeds), jobs, threads, "train")
     weights = [checkpoint_of(args, "fp32", seeds[0], steps) for steps in (EARLY_STEPS, args.steps)]
     measured = ["--ckpt", *weights, *sampling_flags(args), "--global-seed", seeds[0]]
@@ -442,11 +384,12 @@ def main():
         jobs, threads, "sample",
     )  # fmt: skip
 
-    history = histories(args, seeds)
+    run_all(judging_tasks(args, seeds), 1, jobs * threads, "judge")
+    history, held_out = histories(args, seeds)
     draw_losses(history).savefig(args.out / "loss.png", dpi=120)
     draw_history(history).savefig(args.out / "history.png", dpi=120)
     contact_sheet(args, seeds[0]).save(args.out / "samples.png")
-    text = report(args, device, seeds, (time.monotonic() - begun) / 60, history)
+    text = report(args, device, seeds, (time.monotonic() - begun) / 60, history, held_out)
     (args.out / "report.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"Wrote {args.out / 'report.md'}, loss.png, history.png, samples.png and history.csv")

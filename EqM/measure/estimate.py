@@ -216,7 +216,7 @@ def notes(args, given):
     """What the figures are of, and what is not in them."""
     card = given.card
     lines = [
-        f"Each part's own most; peak is the most of all at one moment. Of {given.memory:g} GB, {CONTEXT:g} GiB are left "
+        f"Each part's own most; peak is the most of all at once. Of {given.memory:g} GB, {CONTEXT:g} GiB are left "
         f"to CUDA's context and libraries and {SPARE:.0%} to gaps between tensors: allowances, not counted."
     ]
     if card:
@@ -228,7 +228,7 @@ def notes(args, given):
         lines.append("No times: --card says whose.")
     if not torch.backends.cuda.is_built() and args.device != "cpu":
         lines.append(
-            "This PyTorch has no CUDA: a card's kernels were counted on CPU tensors, the autoencoder's norms in 16 bits."
+            "This PyTorch has no CUDA: kernels were counted on CPU tensors, the autoencoder's norms in 16 bits."
         )
     if args.compile:
         lines.append("--compile is not counted: it fuses what is not a product, so that kernels and bytes are fewer.")

@@ -85,8 +85,8 @@ def fake_cuda(capability=(9, 0), strict=True, on_gradient=lambda parameter: None
 def like_cuda(capability, on_gradient=lambda parameter: None):
     """For PyTorch without CUDA, whose graphs take no tensors of a card: fake CPU tensors, and a card's kernels.
 
-    Attention and multi-tensor kernels are those of a card. Autocast is the CPU's, which agrees with a card's on all that
-    the network calls within it; in the autoencoder it leaves norms in 16 bits that a card computes in FP32.
+    Attention and multi-tensor kernels are those of a card. Autocast is the CPU's, which agrees with a card's on all
+    that the network calls within it; in the autoencoder it leaves norms in 16 bits that a card computes in FP32.
     """
     border = Border(capability, strict=False)
     with (

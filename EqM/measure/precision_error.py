@@ -30,6 +30,8 @@ from EqM.run.errors import UserError, reason
 from EqM.transport import C_DEFAULTS, PathPoint, Transport, dispersive_loss
 
 GUIDANCE = (1.0, 1.5, 4.0)
+# How the samplers besides gd and ngd go there; euler is gd. adam's steps have a size of their own.
+OTHERS = {"nag": {}, "adam": {"stepsize": None}, "langevin": {"temperature": 0.01}, "heun": {}, "dopri5": {}}
 PARTS = {  # what to say of a kind of module, and its name in models.py
     "patch embedding": "x_embedder",
     "time embedding": "t_embedder",
@@ -235,10 +237,10 @@ def _sampling(subject, run_in):
     """The guided field at the training points, and where trajectories end."""
     point = subject.point
 
-    def end_of(pipe, scale, sampler="gd"):
+    def end_of(pipe, scale, sampler="gd", stepsize=subject.stepsize, **more):
         return pipe.descend(
-            subject.noise, subject.labels, sampler, subject.points, subject.stepsize, subject.mu, scale,
-            subject.cfg_channels,
+            subject.noise, subject.labels, sampler, subject.points, stepsize, subject.mu, scale,
+            subject.cfg_channels, **more,
         )  # fmt: skip
 
     pipe = EqMPipeline(subject.ema, run_in, transport=subject.transport)
@@ -249,6 +251,8 @@ def _sampling(subject, run_in):
     for sampler in ("gd", "ngd"):
         for scale in GUIDANCE:
             rows[f"trajectory, {sampler}, guidance {scale:g}"] = end_of(pipe, scale, sampler)
+    for sampler, more in OTHERS.items():
+        rows[f"trajectory, {sampler}, guidance {GUIDANCE[-1]:g}"] = end_of(pipe, GUIDANCE[-1], sampler, **more)
     in_fp32 = EqMPipeline(subject.ema, precision.fp32(run_in.device), transport=subject.transport)
     for words, kind in PARTS.items():
         with part_in_precision(subject.ema, kind, run_in):

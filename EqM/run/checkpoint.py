@@ -8,69 +8,25 @@ it is used, since a file from elsewhere may hold anything.
 import argparse
 import json
 import math
-import os
 import pickle
 import re
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from EqM.run import spellings
+from EqM.run import exported, parts, saving, spellings
 from EqM.run.errors import UserError, reason
+from EqM.run.saving import save as save  # the other half of load
+from EqM.run.shards import is_shard, mine, part_of
 from EqM.run.spellings import Unfit, brief
 
 BEST = "best.json"  # of a run folder: which checkpoint has the lowest figure, by --keep-best
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # what each keeps of a parameter
 SHOWN = 3  # how many differing keys a message names
 
 
-def save(path, state):
-    """Write a checkpoint so that a kill at any moment leaves either the old file or the whole new one."""
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    writer = None
-    try:
-        with open(partial, "wb") as file:
-            writer = _Writer(file)
-            torch.save(state, writer)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the rename itself
-            finally:
-                os.close(folder)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        cause = (writer and writer.error) or error
-        told = getattr(cause, "strerror", None) or reason(cause)
-        raise UserError(f"checkpoint {path} cannot be written ({told}); earlier ones are untouched") from None
-
-
-class _Writer:
-    """A file for torch.save that keeps what went wrong, of which PyTorch tells only where in its code it was."""
-
-    def __init__(self, file):
-        self.file = file
-        self.error = None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.file.flush()
-
-
-def load(path, flag="--ckpt"):
+def load(path, flag="--ckpt", fill=True, like=None):
     """Read a checkpoint, of ours or published, or a bare state dict, pickled or safetensors, onto the CPU.
 
     Returns a dict with at least `model`, `ema` and `args` (a plain dict, empty for a bare state dict). Where only one
@@ -79,11 +35,30 @@ def load(path, flag="--ckpt"):
     Only tensors, plain containers and argparse.Namespace are accepted; raises UserError for a file that
     would run code, is cut short, or is something else, or whose parts are not of the kind a resume needs.
     flag: which named the file, for the message.
+
+    Of a checkpoint in parts (see parts.py), fill=False leaves out the values of tensors. like: a tensor of which every
+    rank holds a part; each then reads its parts alone.
     """
+    path = exported.locate(path)
     try:
-        return _checked(_read(path))
+        return _checked(exported.read(path) if exported.is_export(path) else _read(path, fill, like))
     except Unfit as unfit:
         raise UserError(f"{flag} {path} {unfit}") from None
+
+
+def read(path, fill=True, like=None):
+    """What was saved, of files and of checkpoints in parts, without a look at it; else as load."""
+    try:
+        return _read(path, fill, like)
+    except Unfit as unfit:
+        raise UserError(f"--ckpt {path} {unfit}") from None
+
+
+def _read(path, fill, like):
+    if not parts.is_in_parts(path):
+        return _read_file(path)
+    head = _read_file(Path(path) / parts.HEAD)
+    return parts.fill(head, path, like) if fill else head
 
 
 def _checked(content):
@@ -104,7 +79,7 @@ def _checked(content):
     return {**there, **weights, "args": dict(args or {})}
 
 
-def _read(path):
+def _read_file(path):
     try:
         if not Path(path).is_file():
             raise Unfit("is not a file")
@@ -284,10 +259,10 @@ def load_weights(model, state, path, trained_with):
         source = f" It was trained with {', '.join(f'{k} {v}' for k, v in told.items())}." if told else ""
         raise UserError(f"--ckpt {path} does not fit this model: {shown}{more}.{source}")
     for key, value in state.items():
-        wrong = fault(value)
+        wrong = fault(mine(value))
         if wrong:
             raise UserError(f"--ckpt {path} cannot be used: {key} {wrong}; take an earlier checkpoint")
-    model.load_state_dict(state)
+    model.load_state_dict({key: part_of(value, ours[key]) for key, value in state.items()})
 
 
 def fault(value):
@@ -323,7 +298,7 @@ def found(results_dir, refused=None):
     for run in sorted(runs, key=lambda run: (int(run.name.split("-")[0]), run.name), reverse=True):
         for path in reversed(_in_order(run / "checkpoints")):
             try:
-                content = load(path)
+                content = load(path, fill=False)
             except UserError as error:
                 if refused is not None:
                     refused.append(str(error))
@@ -345,7 +320,12 @@ def newest_of(folder):
 
 
 def all_of(folder):
-    """Paths of the checkpoints of a run by step, as newest_of finds them. Raises UserError if there are none."""
+    """Paths of the checkpoints of a run by step, as newest_of finds them; of the one in parts that the folder is alone.
+
+    Raises UserError if there are none.
+    """
+    if parts.is_in_parts(folder):
+        return [Path(folder)]
     of_run = _in_order(Path(folder) / "checkpoints") or _in_order(folder)
     if not of_run:
         raise UserError(f"{folder} holds no checkpoint; give a run folder or a file")
@@ -356,8 +336,11 @@ def prune(folder, keep):
     """Remove all but the newest `keep` checkpoints of a run, and the best where one is known."""
     best = _best(folder)
     for path in _in_order(folder)[:-keep]:
-        if path.name != best:
-            path.unlink(missing_ok=True)
+        if path.name == best:
+            continue
+        if path.is_dir():  # a kill in mid-removal must leave no checkpoint without its middle
+            path = path.rename(path.with_suffix(".aside"))
+        saving.remove(path)
 
 
 def _best(folder):
@@ -381,44 +364,57 @@ def load_optimizer(optimizer, state):
     ours = optimizer.state_dict()
     counts = [len(group["params"]) for group in ours["param_groups"]]
     if counts != [len(group["params"]) for group in groups]:
-        raise UserError("the checkpoint's optimizer was made for other parameters; start from its weights alone")
+        raise UserError(
+            "the checkpoint's optimizer was made for other parameters, or is of another --optimizer; give that one, or "
+            "start from its weights alone"
+        )
     theirs = [index for group in groups for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = [key for key in moments if key not in theirs]
     if strangers:
         raise UserError(f"the checkpoint's optimizer has a state of {brief(strangers[0])}, which is no parameter")
+    kinds = [MUON if group.get("muon") else ADAMW for group in optimizer.param_groups for _ in group["params"]]
     clean = {
-        number: _moments_of(number, parameter, moments[index])
-        for number, (index, parameter) in enumerate(zip(theirs, parameters, strict=True))
+        number: _moments_of(number, parameter, moments[index], kind)
+        for number, (index, parameter, kind) in enumerate(zip(theirs, parameters, kinds, strict=True))
         if index in moments
     }
     optimizer.load_state_dict({"state": clean, "param_groups": ours["param_groups"]})
 
 
-def _moments_of(number, parameter, state):
-    """The AdamW state of one parameter, checked: step, exp_avg, exp_avg_sq."""
+def _moments_of(number, parameter, state, kind):
+    """The state of one parameter, checked. kind: ADAMW or MUON, what it consists of."""
     of = f"of parameter {number} in the checkpoint's optimizer"
-    if not isinstance(state, dict) or state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+    if not isinstance(state, dict) or state.keys() != set(kind):
         keys = ", ".join(map(str, state)) if isinstance(state, dict) else brief(state)
-        raise UserError(f"the state {of} is {keys[:80]}, not AdamW's step, exp_avg and exp_avg_sq")
-    step = torch.as_tensor(state["step"]) if _is_number(state["step"]) else state["step"]
-    if not (isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_complex()) or fault(step.float()):
-        raise UserError(f"the step {of} is no number")
-    if step.item() < 0:
-        raise UserError(f"the step {of} is {step.item():g}")
-    for name in MOMENTS:
+        whose = "Muon" if kind is MUON else "AdamW"
+        raise UserError(f"the state {of} is {keys[:80]}, not {whose}'s {', '.join(kind)}")
+    moments = [name for name in kind if name != "step"]
+    clean = {"step": _step_of(of, state["step"])} if "step" in kind else {}
+    for name in moments:
         value = state[name]
-        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not _is_real(value):
+        held = mine(value)
+        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not _is_real(held):
             there = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else brief(value)
             raise UserError(f"{name} {of} is {there}, not {tuple(parameter.shape)} torch.float32")
-        wrong = fault(value)
-        if wrong or (name == "exp_avg_sq" and value.numel() and value.min() < 0):
+        wrong = fault(held)
+        if wrong or (name == "exp_avg_sq" and held.numel() and held.min() < 0):
             raise UserError(f"{name} {of} {wrong or 'holds negative values'}; take an earlier checkpoint")
     # A fused kernel goes through memory, not through indices: a moment must lie there as its parameter does.
     laid_out = {
         name: state[name]
-        if state[name].stride() == parameter.stride()
-        else torch.empty_like(parameter, device="cpu", requires_grad=False).copy_(state[name])
-        for name in MOMENTS
+        if is_shard(state[name]) or state[name].stride() == parameter.stride()
+        else torch.empty_strided(parameter.shape, parameter.stride()).copy_(state[name])
+        for name in moments
     }
-    return {"step": step.reshape(()).float(), **laid_out}
+    return {**clean, **{name: part_of(value, parameter) for name, value in laid_out.items()}}
+
+
+def _step_of(of, step):
+    """An AdamW state's step as an FP32 tensor, 0-dim. of: whose, in words."""
+    step = torch.as_tensor(step) if _is_number(step) else step
+    if not (isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_complex()) or fault(step.float()):
+        raise UserError(f"the step {of} is no number")
+    if step.item() < 0:
+        raise UserError(f"the step {of} is {step.item():g}")
+    return step.reshape(()).float()

@@ -119,6 +119,11 @@ def cleanup():
         dist.destroy_process_group()
 
 
+def new_group(ranks):
+    """A group of all ranks on the CPU, for a use of its own; None where there is one rank. Every rank must call it."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world_size > 1 else None
+
+
 def barrier():
     """Wait for all ranks, for as long as they take."""
     if _waiting is not None:
@@ -245,7 +250,7 @@ class StopRequest:
 
     def __init__(self, ranks):
         self.asked = False
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world_size > 1 else None
+        self._group = new_group(ranks)
         self._flag = self._pending = None
         stops.handle(self._note)
 

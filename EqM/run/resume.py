@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import platform
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from EqM.run import checkpoint
 from EqM.run.errors import UserError
+from EqM.run.hub import is_hub_name
 
 try:
     import fcntl
@@ -33,7 +33,7 @@ STARTS = ("init_from", "init_positions", "weights")  # of IDENTITY, what a run t
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "ema_warmup",
     "ema_std", "max_grad_norm", "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
-    "optimizer", "betas", "weight_decay", "min_lr",
+    "optimizer", "betas", "weight_decay", "min_lr", "shard", "shard_size",
 )  # fmt: skip
 # Of flags that checkpoints of before do not say, what was done then. Other flags that one side does not say agree.
 BEFORE = {
@@ -44,7 +44,6 @@ BEFORE = {
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
 HUB = "hf:"  # begins a --data-path that names a data set of Hugging Face, and no folder
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
 
@@ -64,11 +63,6 @@ def absolute(args):
     places = {name: str(args[name]) for name in names}
     on_disk = {name: place for name, place in places.items() if not place.startswith(HUB) and os.path.exists(place)}
     return {**args, **{name: os.path.abspath(place) for name, place in on_disk.items()}}
-
-
-def is_hub_name(vae):
-    """Whether a value of --vae is no place on this machine but user/name[/folder] of the hub. A folder goes first."""
-    return bool(HUB_NAME.fullmatch(str(vae))) and not os.path.isdir(vae)
 
 
 def same_vae(a, b):

@@ -30,7 +30,7 @@ def coin(*numbers):
 
 
 def coins(seed, epochs, indices):
-    """What coin(seed, epoch, index) says of each, for arrays (N,) of both: bool (N,), below a microsecond each.
+    """What coin(seed, epoch, index) says of each, for arrays (N,) of both: bool (N,), a microsecond each for 64.
 
     The arithmetic is that of NumPy's SeedSequence, whose numbers NumPy promises to keep: the words of the numbers fill
     a pool of four, each of its words is mixed into the other three, and the first makes the first word that comes out.

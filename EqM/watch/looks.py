@@ -1,7 +1,7 @@
 """Which looks a run takes at itself, and after how many steps each."""
 
 from EqM import cli
-from EqM.engine import prepare
+from EqM.engine import parallel, prepare
 from EqM.watch import held_out, quality
 from EqM.watch.preview import Preview
 
@@ -52,7 +52,7 @@ class Looks:
                 args, self.ranks, trainer, averaged, autoencoder, self.held_out, self.class_names, log
             )
             wanted.append((args.val_every, loss))
-        if args.sample_every and self.ranks.is_main:
+        if args.sample_every and (self.ranks.is_main or parallel.splits(args, self.ranks)):  # parts are on every rank
             preview = Preview(log.folder, args, trainer, averaged, autoencoder, self.class_names)
             wanted.append((args.sample_every, preview))
         if self.evaluator:

@@ -10,11 +10,12 @@ POINTS, STEPSIZE = 51, 0.0085  # 50 updates that go as far as the published 250 
 class Preview:
     """Call it with a step: it writes `samples/0000100.png` beside the run's checkpoints.
 
-    folder: the run's. averaged: the averaged network, ready to be called. Nothing random of the run is touched.
+    folder: the run's; None on ranks that only take part, each with its part of the averages. averaged: the averaged
+    network, ready to be called. Nothing random of the run is touched.
     """
 
     def __init__(self, folder, args, trainer, averaged, autoencoder, class_names):
-        self.folder = folder / "samples"
+        self.folder = folder and folder / "samples"
         self.cfg_scale = args.cfg_scale
         self.pipe = EqMPipeline(averaged, trainer.run_in, autoencoder, trainer.transport, class_names)
         self.labels = [i % len(class_names) for i in range(SAMPLES)]
@@ -25,6 +26,8 @@ class Preview:
         x = self.pipe.descend(
             self.noise, self.labels, num_sampling_steps=POINTS, stepsize=STEPSIZE, cfg_scale=self.cfg_scale
         )
+        if self.folder is None:
+            return
         self.folder.mkdir(exist_ok=True)
         sheet = media.contact_sheet(list(media.as_clips(self.pipe.decode(x).cpu().numpy())), self.names)
         sheet.save(self.folder / f"{step:07d}.png")

@@ -285,9 +285,15 @@ def test_a_model_trains_from_files_and_from_a_cache_and_samples(
     assert sample.shape == (5 if clips else 1, 16, 16, 3) and sample.std() > 0
 
 
-def test_an_autoencoder_that_cannot_be_had_is_one_line(tmp_path):
+def test_an_autoencoder_that_cannot_be_had_is_one_line(tmp_path, capfd):
     build("AutoencoderTiny").save_config(tmp_path)  # and no weights
     for name, message in [("ema", "--vae none.*--vae DIR"), (str(tmp_path), "as a diffusers AutoencoderTiny")]:
         with pytest.raises(UserError, match=message) as error:
             latents.load(name, run_in())
         assert "\n" not in str(error.value)
+    network = build("AutoencoderTiny")
+    network.decoder = torch.nn.Identity()
+    network.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="AutoencoderTiny: 24 of its weights are missing, first decoder.layers.0.bias"):
+        latents.load(str(tmp_path), run_in())
+    assert capfd.readouterr().err == ""

@@ -10,12 +10,14 @@ def test_counts_of_all_ranks_and_runs_are_known_and_the_last_one_stands(tmp_path
     with open(tmp_path / "evaluations.1.csv", "a") as file:
         file.write("e,")
     assert evaluations.known(tmp_path) == {"a": 5, "b": 0, "c": 1, "d": 10}
-    evaluations.gather(tmp_path, ["a", "b", "d"])
+    evaluations.gather(tmp_path)
     assert [path.name for path in tmp_path.glob("eval*")] == ["evaluations.csv"]
     evaluations.Evaluations(tmp_path, 0).note(["a"], [7])
-    assert evaluations.known(tmp_path) == {"a": 7, "b": 0, "d": 10}
-    evaluations.forget(tmp_path)
-    assert evaluations.known(tmp_path) == {"a": 5, "b": 6}
+    assert evaluations.known(tmp_path) == {"a": 7, "b": 0, "c": 1, "d": 10}
+    evaluations.gather(tmp_path, told=["a", "b"])
+    assert evaluations.known(tmp_path) == {"a": 5, "b": 6, "c": 1, "d": 10}, "what labels.csv does not tell is kept"
+    evaluations.gather(tmp_path, told=["a", "b", "c", "d"])
+    assert not list(tmp_path.glob("eval*"))
 
 
 def test_the_summary_holds_mean_share_and_every_sample(tmp_path):

@@ -155,6 +155,7 @@ def test_bad_rows_are_named_by_split_and_row_and_replaced(tmp_path, image_folder
     assert labels.tolist() == [0, 0, 0, 1, 1, 1] and bad.tolist() == [-1, 1, -1, -1, 4, -1]
     assert torch.equal(pixels[1], pixels[2]) and torch.equal(pixels[4], pixels[5])
     loader.BadFiles(rows, 0.5, told.append).note(bad)
+    assert [size for _, size, _, _ in rows.records(tmp_path / "set")] == [len(i["bytes"] or b"") or -1 for i in items]
     where = f"of {tmp_path / 'set'} does not decode; another file of its class stands in"
     assert told == [f"train[1] {where}", f"train[4] {where}"]
 
@@ -247,6 +248,8 @@ def test_a_name_on_the_hub_is_asked_for_by_name_and_split(parquet, monkeypatch):
     for text in ("hf:user/set", "hf:user/set:validation", "hf:set:train[:10%]"):
         there = tables.open_data(settings(text), flip=True)
         assert there.digest() == here.digest() and text.split(":")[1] in there.path(2)
+        known = latent_cache.files_of(there, text)
+        assert known["name"][2] == b"train[2] 2.png" and len(set(known["time"])) == 1 and known["time"][0] > 0
     assert asked == [("user/set", "train"), ("user/set", "validation"), ("set", "train[:10%]")]
 
 
@@ -273,6 +276,12 @@ def test_a_missing_package_is_one_line(run_script, parquet, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     result = run_script("train", *train_args(parquet, tmp_path / "results"))
     assert result.code == 2 and result.err.count("\n") == 1 and "pip install datasets" in result.err
+
+
+def test_columns_and_a_cache_are_one_line(run_script, tmp_path):
+    words = train_args("x", tmp_path / "results", "--label-column", "y")
+    result = run_script("train", "--latents", *words[1:])
+    assert result.code == 2 and result.err.count("\n") == 1 and "settled when --latents was made" in result.err
 
 
 def test_folders_of_files_stay_what_they_were(tmp_path, image_folder, clip_folder):

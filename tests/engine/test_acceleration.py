@@ -3,13 +3,21 @@
 import copy
 import shutil
 from argparse import Namespace
+from collections import Counter
+from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
-from EqM import samplers
+from EqM import samplers, train
 from EqM.engine import acceleration, prepare
 from EqM.engine.precision import Precision
+from EqM.engine.trainer import Trainer
 from EqM.models import EqM_models
 
 CPU = torch.device("cpu")
@@ -66,7 +74,7 @@ def test_compile_falls_back_in_words_where_it_cannot_work(monkeypatch):
 
 def test_what_cannot_be_both_compiled_and_recomputed_is_recomputed():
     model, told = tiny(), []
-    both = Namespace(compile=True, grad_checkpointing=True)
+    both = Namespace(compile=True, grad_checkpointing=True, recompute=None)
     prepare.for_training(model, Precision("bf16", CPU, "test"), both, None, told.append)
     assert len(told) == 1 and "recomputed cannot be compiled" in told[0]
     assert not hasattr(model.blocks[0].forward.args[0], "_torchdynamo_orig_callable")
@@ -80,12 +88,73 @@ def test_compiled_blocks_give_the_same_field_and_keep_their_names(name, checkpoi
     expected, keys = field_and_gradients(copy.deepcopy(model), run_in), list(model.state_dict())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    prepare.for_training(model, run_in, Namespace(compile=True, grad_checkpointing=checkpointing), None, told.append)
+    prepare.for_training(
+        model, run_in, Namespace(compile=True, grad_checkpointing=checkpointing, recompute=None), None, told.append
+    )
     assert not told
     for ours, plain in zip(field_and_gradients(model, run_in), expected, strict=True):
         assert (ours - plain).norm() <= tolerance * plain.norm()
     assert list(model.state_dict()) == keys
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "a block's, and the trial of the compiler"
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile up to where it would write C++: tracing, guards, what is kept. The graphs that it makes."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    partition = partial(min_cut_rematerialization_partition, compiler="inductor")
+    ours = aot_autograd(
+        fw_compiler=record, bw_compiler=record, partition_fn=partition, decompositions=select_decomp_table
+    )
+    compiled = torch.compile
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: ours)
+    monkeypatch.setattr(
+        torch, "compile", lambda f, backend="inductor": compiled(f, backend=ours if backend == "inductor" else backend)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return graphs
+
+
+@pytest.mark.parametrize(("name", "words"), [("bf16", ""), ("fp32", "--grad-checkpointing")])
+def test_fifty_steps_compile_one_block_once_and_whole(traced, name, words):
+    given = f"--latents none --compile --grad-accum-steps 2 --max-grad-norm 1 --disp {words}"
+    model = EqM_models["EqM-T/4"](input_size=(4, 8, 8), num_classes=3)
+    trainer = Trainer(train.parse_args(given.split()), model, Precision(name, CPU, "test"), 50, tell=pytest.fail)
+    inputs = repeat((torch.randn(2, 4, 4, 8, 8), torch.tensor([0, 1])))
+    counters = torch._dynamo.utils.counters
+    for _ in range(50):
+        assert trainer.step(inputs)[2] == 1
+    assert counters["stats"]["unique_graphs"] == 2, "a block's, and the trial of the compiler"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("choice", "most"), [("elementwise", 26), ("nothing", 38)])
+def test_compiled_blocks_keep_products_and_take_none_twice(traced, choice, most):
+    """In bytes per token and channel, by what is saved; attention as on a GPU, without weights of all pairs."""
+    model, told = tiny().train(), []
+    wanted = Namespace(compile=True, grad_checkpointing=False, recompute=choice)
+    prepare.for_training(model, Precision("bf16", CPU, "test"), wanted, None, told.append)
+    x, modulation = torch.randn(2, 256, 144, requires_grad=True), torch.randn(2, 6 * 144, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape[0] in (2, 512):  # samples or tokens: not weights
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        model.blocks[0](x, modulation).sum().backward()
+    assert not told and most - 4 < sum(kept.values()) / x.numel() < most
+    calls = Counter(str(node.target) for graph in traced for node in graph.graph.nodes if node.op == "call_function")
+    attention = {n for op, n in calls.items() if "attention" in op}
+    assert (calls["aten.addmm.default"], calls["aten.mm.default"], attention) == (4, 8, {1})
 
 
 def descent(model, run_in, labels):

@@ -4,10 +4,12 @@ import csv
 import importlib
 import sys
 from itertools import repeat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import score_demo
 from EqM import sample_gd, train
@@ -15,8 +17,9 @@ from EqM.data import autoencoder as latents
 from EqM.data import files as data
 from EqM.engine import precision
 from EqM.engine.trainer import Trainer
-from EqM.measure import compare_precisions, precision_error
+from EqM.measure import compare_precisions, precision_error, precisions_report
 from EqM.measure.precision_error import Subject
+from EqM.metrics import features
 from EqM.models import EqM_models
 from EqM.run.errors import UserError
 from EqM.transport import Transport
@@ -89,6 +92,9 @@ def test_the_table_has_every_operation_guidance_and_sampler(errors):
             f"trajectory, gd, guidance {scale}",
             f"trajectory, ngd, guidance {scale}",
         } <= {*rows}
+    for sampler in precision_error.OTHERS:
+        error = errors[f"trajectory, {sampler}, guidance 4"]
+        assert 0 < error["fp32"] < error["fp16"] < error["bf16"] < 0.05
     assert {"loss", "dispersive loss", "energy, dot", "energy, l2", "VAE latents, deviation"} <= {*rows}
     shares = {"final_layer": (0.5, 0.0)}
     text = precision_error.markdown(
@@ -178,13 +184,32 @@ def test_fp16_training_stalls_without_scaling_and_goes_on_with_it():
     assert moved.norm() == pytest.approx(expected.norm().item(), rel=0.1)
 
 
+class TinyNetwork:
+    """In Inception's place: colours of an image."""
+
+    digest, batch, sizes, weight = "tiny", 4, (3, 3), torch.eye(3)
+
+    def __call__(self, images):
+        colours = images.float().flatten(1, 2).mean(1)
+        return colours, colours
+
+
+class Asked:
+    """The arguments that say where a comparison lies."""
+
+    reference = "there"
+
+    def __init__(self, out):
+        self.out = out
+
+
 def test_psnr_of_known_errors():
     black = [np.zeros((2, 4, 4, 3), np.uint8) for _ in range(2)]
     grey = [black[0] + 5, black[1]]
     whole, worst = compare_precisions.psnr(grey, black)
     assert whole == pytest.approx(10 * np.log10(255**2 / 12.5)) and worst == pytest.approx(10 * np.log10(255**2 / 25))
     assert compare_precisions.psnr(black, black) == (np.inf, np.inf)
-    assert compare_precisions.decibels(np.inf) == "identical"
+    assert precisions_report.decibels(np.inf) == "identical"
 
 
 def test_the_class_score_is_that_of_the_demo():
@@ -209,19 +234,31 @@ def in_process(monkeypatch):
     return begun
 
 
-def test_a_comparison_writes_every_file_and_goes_on_where_it_was(run_script, in_process, image_folder, tmp_path):
+def test_a_comparison_writes_every_file_and_goes_on_where_it_was(
+    run_script, in_process, image_folder, tmp_path, monkeypatch
+):
     out = tmp_path / "compare"
+    tiny = SimpleNamespace(inception=TinyNetwork(), motion=None, told=lambda: {"digest": "tiny", "published": False})
+    monkeypatch.setattr(features, "load", lambda *given, **more: tiny)
+    (tmp_path / "reference").mkdir()
+    for i, grey in enumerate((0, 60, 200)):
+        Image.new("RGB", (8, 8), (grey, 90, 255 - grey)).save(tmp_path / "reference" / f"{i}.png")
     ours = [
         "--out", out, "--steps", 6, "--seeds", 2, "--num-samples", 3, "--num-sampling-steps", 3, "--stepsize", 0.5,
-        "--device", "cpu",
+        "--device", "cpu", "--reference", tmp_path / "reference",
     ]  # fmt: skip
-    result = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY)
+    held_out = ["--val-path", image_folder, "--val-every", 3]
+    result = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY, *held_out)
     assert result.code == 0, result.err
     assert [name for name in FILES if not (out / name).exists()] == []
     assert in_process.count("EqM.train") == 7 and in_process.count("EqM.sample_gd") == 18
     report = (out / "report.md").read_text()
     assert "| trained in | sampled in FP32 | sampled in BF16 | sampled in FP16 |" in report
     assert all(f"| {name} | " in report for name in ("FP32", "BF16", "FP16")) and report.count(" dB (worst ") > 3
+    assert report.count("; FID ") + report.count("| FID ") == 9 and "against " + str(tmp_path / "reference") in report
+    judged = [compare_precisions.judged(Asked(out), "bf16", "fp16", [seed]) for seed in (0, 1)]
+    assert f"FID {np.mean([figures for _, (figures,) in judged]):.2f} ± " in report
+    assert "held-out loss (EMA)" in report and in_process.count("EqM.evaluate") == 18
     assert "show their class" not in report, "no class score but of the demo set"
     assert "Relative error against FP64" in report and "| step 5, unscaled | " in report and "nan" not in report
     with open(out / "history.csv", newline="") as file:
@@ -234,10 +271,10 @@ def test_a_comparison_writes_every_file_and_goes_on_where_it_was(run_script, in_
     assert fp32[0]["Train Loss"] != fp32[6]["Train Loss"], "of another seed"
 
     in_process.clear()
-    assert run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY).code == 0
-    assert "EqM.train" not in in_process
+    assert run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY, *held_out).code == 0
+    assert "EqM.train" not in in_process and "EqM.evaluate" not in in_process
     ours[3] = 7
-    other = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY)
+    other = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY, *held_out)
     assert other.code == 2 and "holds another comparison (steps differ)" in other.err
 
 

@@ -88,6 +88,18 @@ def test_another_runtime_error_keeps_its_traceback():
             },
             "a smaller --global-batch-size than 256, more --grad-accum-steps than 2, --grad-checkpointing, --use-bf16",
         ),
+        (
+            {"recompute": None, "grad_checkpointing": False, "ebm": "none", "use_bf16": False, "use_amp": True},
+            "--grad-checkpointing",
+        ),
+        (
+            {"recompute": "nothing", "grad_checkpointing": False, "ebm": "none", "use_bf16": True},
+            "--recompute elementwise, --grad-checkpointing",
+        ),
+        (
+            {"recompute": None, "grad_checkpointing": False, "ebm": "none", "use_bf16": False, "use_amp": False},
+            "--recompute elementwise, --grad-checkpointing, --use-bf16",
+        ),
         ({"global_batch_size": 64, "use_bf16": True, "use_amp": False}, "a smaller --global-batch-size than 64"),
         ({"batch_size": 32, "use_bf16": False, "use_amp": True}, "a smaller --batch-size than 32"),
         ({"global_batch_size": 1, "grad_accum_steps": 1, "use_bf16": True}, "a smaller batch or model"),
@@ -104,7 +116,8 @@ def test_memory_that_runs_out_in_a_command_names_its_own_batch(run_script, monke
     monkeypatch.setattr("EqM.run.distributed.setup", setup)
     result = run_script("train", "--data-path", tmp_path, "--global-batch-size", 48)
     assert (
-        result.code == 2 and "--global-batch-size than 48, more --grad-accum-steps than 1, --grad-check" in result.err
+        result.code == 2
+        and "--global-batch-size than 48, more --grad-accum-steps than 1, --recompute elementwise, --g" in result.err
     )
 
 

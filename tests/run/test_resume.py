@@ -19,6 +19,7 @@ ARGS = {
     "global_seed": 0, "global_batch_size": 4, "grad_accum_steps": 1, "lr": 1e-4, "lr_schedule": "constant",
     "warmup_steps": 0, "ema_decay": 0.9999, "max_grad_norm": None, "train_eps": None, "vae_precision": "same",
     "no_tf32": False, "compile": False, "epochs": 80, "max_steps": None, "num_workers": 4, "grad_checkpointing": False,
+    "recompute": None,
 }  # fmt: skip
 DATA = {"items": 100, "digest": "abc"}
 NOW = {"precision": "fp16", "world_size": 2, "torch": "2.14", "device": "cpu", "class_names": ["cat", "dog"]}
@@ -38,7 +39,15 @@ def test_the_same_run_goes_on_exactly_also_from_an_older_checkpoint(saved):
 
 
 def test_what_changes_no_number_is_not_named():
-    free = {"num_workers": 0, "grad_checkpointing": True, "clip_len": 4, "epochs": 90, "max_steps": 7, "no_tf32": True}
+    free = {
+        "num_workers": 0,
+        "grad_checkpointing": True,
+        "recompute": "nothing",
+        "clip_len": 4,
+        "epochs": 90,
+        "max_steps": 7,
+        "no_tf32": True,
+    }
     assert changed(**free, flag_of_tomorrow=1) == []
 
 
