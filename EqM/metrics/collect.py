@@ -17,7 +17,7 @@ from EqM.run.errors import UserError, reason
 from EqM.run.log import progress
 
 SAVED_EVERY = 20.0  # seconds
-HANDED_OVER = 8192  # items, after which they leave the device also where nothing is saved
+HANDED_OVER = 4096  # items, after which they leave the device also where nothing is saved
 KINDS = ("pooled", "spatial", "motion")  # features of images or frames, those of sFID, those of clips
 
 
