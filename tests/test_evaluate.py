@@ -253,6 +253,8 @@ def test_few_samples_are_a_warning_with_the_number(evaluate, samples, real, tmp_
         ("--samples {samples} --reference {other}", "was made of other features: mu has the shape"),
         ("--samples {samples} --reference {foreign}", "was made of other features: by the network 0000"),
         ("--samples {samples} --reference {cut}", "is no npz"),
+        ("--samples {samples} --reference {half}", "has mu without sigma"),
+        ("--samples {samples} --reference {strange}", "made is no JSON object"),
         ("--samples {floats} --reference {real}", "arr_0 of .* is float32"),
         ("--samples {odd} --reference {real}", "cannot be read .*; take it out"),
         ("--samples {samples} --reference {real} --i3d {cut}", "--i3d .* does not load"),
@@ -277,7 +279,10 @@ def test_bad_input_is_one_line(evaluate, samples, real, image_ckpt, tmp_path, fl
     np.savez(tmp_path / "other.npz", mu=np.zeros(9), sigma=np.eye(9))
     made = json.dumps({"features": {"digest": "0" * 64}})
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(6), sigma=np.eye(6), made=made)
-    places = {name: tmp_path / f"{name}.npz" for name in ("cut", "floats", "other", "foreign")}
+    np.savez(tmp_path / "half.npz", mu=np.zeros(6))
+    np.savez(tmp_path / "strange.npz", mu=np.zeros(6), sigma=np.eye(6), made="[1]")
+    names = ("cut", "floats", "other", "foreign", "half", "strange")
+    places = {name: tmp_path / f"{name}.npz" for name in names}
     places |= {name: tmp_path / name for name in ("empty", "mixed", "odd", "none")}
     filled = flags.format(samples=samples, real=real, big=big, ckpt=image_ckpt, **places).split()
     before = {path.name for path in tmp_path.iterdir()}
