@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from EqM.models import EqM_models
     from EqM.pipeline import EqMPipeline
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["EqMPipeline", "EqM_models"]
 
 

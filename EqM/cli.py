@@ -114,6 +114,8 @@ def less_memory(args):
         if "recompute" in given and given["recompute"] in (("nothing",) if in_16_bits else ("nothing", None)):
             ways.append("--recompute elementwise")
         ways.append("--grad-checkpointing")
+    if given.get("shard") is False and given.get("ebm") == "none" and os.environ.get("WORLD_SIZE", "1") != "1":
+        ways.append("--shard")
     if given.get("use_bf16") is False and not given.get("use_amp"):
         ways.append("--use-bf16")
     return f"what needs less: {', '.join(ways) or 'a smaller batch or model'}"
@@ -325,7 +327,9 @@ def add_sampler(parser):
     group.add_argument(
         "--cfg-channels", type=positive_int, default=3, help="how many leading channels are guided, 3 as published"
     )
-    group.add_argument("--likelihood", action=Refused, nargs=0, const=NO_LIKELIHOOD, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--likelihood", action=Refused, nargs=0, const=NO_LIKELIHOOD, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     parser.checks.append(_check_sampler)
 
 

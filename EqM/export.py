@@ -24,7 +24,7 @@ from argparse import Namespace
 
 import torch
 
-from EqM import __version__, architecture, cli
+from EqM import architecture, cli
 from EqM.data import media
 from EqM.engine.precision import DTYPES, Precision
 from EqM.pipeline import EqMPipeline
@@ -132,7 +132,6 @@ def describe(args, saved, flags, folder):
     c = {name: saved["args"].get(name, default) for name, default in C_DEFAULTS.items()}
     return {
         "format": FORMAT,
-        "made_by": f"EqM {__version__}",
         "args": {**vars(flags), "vae": vae, **c},
         "class_names": saved.get("class_names"),
         "weights": args.weights,

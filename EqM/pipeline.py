@@ -192,7 +192,7 @@ class EqMPipeline:
         return torch.stack(drawn).to(self.device)
 
     def starts(
-        self, indices: Sequence[int], seed: int = 0, start: Sequence[np.ndarray] | None = None, start_noise: float = 1.0
+        self, indices: Sequence[int], seed: int = 0, start: Sequence[np.ndarray] | None = None, start_noise: float = 0.5
     ) -> Tensor:
         """Where samples of these numbers start: their noise, or (1 - n) start + n noise, n being start_noise.
 
@@ -272,7 +272,7 @@ class EqMPipeline:
         seed: int = 0,
         batch_size: int = 256,
         start: Sequence[np.ndarray] | None = None,
-        start_noise: float = 1.0,
+        start_noise: float = 0.5,
         cfg_scale: float = 4.0,
         cfg_channels: int | None = 3,
         progress: samplers.Progress = iter,

@@ -210,6 +210,7 @@ def main():
         print(f"Precision: {run_in.reason}; {len(todo)} of {len(files)} samples to make")
 
     how = {name: getattr(args, name) for name in cli.DESCENT}
+    given = {} if start is None else {"start": start, "start_noise": args.start_noise}
     counts = evaluations.Evaluations(folder, ranks.rank) if args.stop_norm else None
     made = progress(desc="samples", total=len(indices), unit="sample", shown=ranks.is_main)
     updates = partial(
@@ -218,8 +219,7 @@ def main():
     )  # fmt: skip
     with Writers(args.fps) as writers:
         for ended in pipe.draw(
-            [labels[i] for i in indices], indices, args.global_seed, batch_size, start, args.start_noise,
-            progress=updates, **how,
+            [labels[i] for i in indices], indices, args.global_seed, batch_size, **given, progress=updates, **how
         ):  # fmt: skip
             samples = media.as_clips(pipe.decode(ended.x)).to("cpu", non_blocking=True)
             paths = [files[i] for i in ended.indices]
@@ -234,7 +234,6 @@ def main():
         finish(args, folder, files, [pipe.composition.written(label) for label in labels], start)
         if args.trace or args.trace_gif:
             first = range(min(trace.SHOWN, len(files)))
-            given = {"start": start, "start_noise": args.start_noise}
             seen = trace.follow(pipe, labels[: len(first)], first, args.global_seed, **given, **how)
             seen.save(folder, args.trace, args.trace_gif)
             print(f"Wrote the trace of {len(first)} samples to {folder}")

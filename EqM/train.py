@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=N EqM/train.py --data-path DIR --model EqM-XL/2 --use-bf16
     python EqM/train.py --data-path DIR --model EqM-S/4 --video --clip-len 4 --use-amp
 
-Reads top to bottom: arguments, data, what a checkpoint keeps, what is resumed, and in main() the one loop of steps.
+Reads top to bottom: arguments, data, what is resumed or started from, and in main() the one loop of steps.
 The step itself is Trainer.step in engine/trainer.py; every precision takes the same path.
 """
 
@@ -18,28 +18,25 @@ if __name__ == "__main__":
 
     stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
-import argparse
 from functools import partial
 
 import torch
 
-from EqM import architecture, cli, recipe, transplant
+from EqM import architecture, cli, recipe, training_flags, transplant
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
 from EqM.data.tables import open_data
-from EqM.engine import acceleration, ema, parallel, precision
-from EqM.engine import optimizer as optim
+from EqM.engine import parallel, precision
+from EqM.engine.saver import Saver, identity
 from EqM.engine.trainer import Trainer
-from EqM.run import checkpoint, distributed, parts, resume, saving, seeds
-from EqM.run.errors import UserError, is_out_of_memory
+from EqM.run import checkpoint, distributed, resume, seeds
+from EqM.run.errors import UserError
 from EqM.run.log import Clock, Meter, RunLog, check_trackers, new_run_folder, peak_memory, progress
-from EqM.transport import LOSS_WEIGHTS
 from EqM.watch import looks as watch
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__.splitlines()[0])
-    switch = argparse.BooleanOptionalAction
     cli.add_model(parser)
     cli.add_encoding(parser)
     cli.add_data(parser, required=False)
@@ -47,87 +44,11 @@ def parse_args(argv=None):
     cli.add_c(parser)
     precision.add_flags(parser)
     cli.add_runtime(parser)
-    group = parser.add_argument_group("latents")
-    group.add_argument("--latents", help="folder that extract_latents.py made, to train from instead of --data-path")
-    group = parser.add_argument_group("training")
-    group.add_argument("--loss-weight", choices=LOSS_WEIGHTS, default="None", help="of score and noise predictions")
-    group.add_argument("--train-eps", type=cli.fraction, help="distance from singular ends of t; left out: as needed")
-    group.add_argument("--disp", action=switch, default=False, help="add 0.5 x the dispersive loss")
-    group.add_argument("--global-batch-size", type=cli.positive_int, default=256, help="batch over all ranks")
-    group.add_argument("--epochs", type=cli.positive_int, default=80, help="passes over the data")
-    group.add_argument("--max-steps", type=cli.positive_int, help="at most this many steps in all")
-    group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="adamw", help="muon: for the blocks' matrices")
-    group.add_argument("--lr", type=cli.positive, default=1e-4, help="learning rate; muon's is as large as AdamW's")
-    group.add_argument("--betas", type=cli.below_one, nargs=2, default=[0.9, 0.999], help="of AdamW's two moments")
-    group.add_argument("--weight-decay", type=cli.non_negative, default=0.0, help="of all weights, times --lr")
-    group.add_argument("--lr-schedule", choices=optim.SCHEDULES, default="constant", help="after the warm-up")
-    group.add_argument("--min-lr", type=cli.non_negative, default=0.0, help="where the cosine ends")
-    group.add_argument("--warmup-steps", type=cli.count, default=0, help="steps of linear warm-up")
-    group.add_argument(
-        "--ema-decay", type=cli.fraction, nargs="+", default=[0.9999],
-        help="of the averaged weights; the first of several is called ema",
-    )  # fmt: skip
-    group.add_argument(
-        "--ema-warmup", action=switch, default=False, help="decay at most (1 + n)/(10 + n) after n steps"
-    )
-    group.add_argument(
-        "--ema-std", type=ema.std_type, nargs="+",
-        help="also power-function averages of these relative widths, to make others of after the run: 0.05 0.1, say",
-    )  # fmt: skip
-    group.add_argument("--max-grad-norm", type=cli.positive, help="clip gradients to this norm")
-    group.add_argument("--grad-accum-steps", type=cli.positive_int, default=1, help="forward passes per step")
-    acceleration.add_flags(group)
-    parallel.add_flags(group)
-    group = parser.add_argument_group("run")
-    group.add_argument("--results-dir", default="results", help="holds one numbered folder a run")
-    group.add_argument("--ckpt", help="checkpoint to go on from, published weights, or 'latest' of this results-dir")
-    group.add_argument("--auto-resume", action=switch, default=False, help="--ckpt latest where there is one")
-    group.add_argument("--init-from", help="checkpoint of any model, of which a run that starts takes what fits")
-    group.add_argument("--weights", default="ema", help="of --init-from: ema, model, or an average by its name")
-    group.add_argument(
-        "--init-positions", choices=transplant.POSITIONS,
-        help="of clips from --init-from: an image's for every frame, or new; left out: repeat for those from images",
-    )  # fmt: skip
-    group.add_argument(
-        "--allow-other-classes", action="store_true", help="go on with data whose class names are not the checkpoint's"
-    )
-    group.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
-    group.add_argument("--ckpt-every", type=cli.positive_int, default=50_000, help="steps between checkpoints")
-    group.add_argument("--keep-checkpoints", type=cli.positive_int, help="remove all but this many newest")
-    group.add_argument("--wandb", action=switch, default=False, help="log to Weights & Biases too")
-    group.add_argument("--tensorboard", action=switch, default=False, help="log to TensorBoard too")
+    training_flags.add(parser)
     watch.add_flags(parser)
     recipe.add_flag(parser)
+    parser.checks += [training_flags.check, cli.check_c, watch.check]
     args = parser.parse_args(recipe.words(parser, argv))
-    if (args.data_path is None) == (args.latents is None):
-        parser.error("give either --data-path, to encode as you train, or --latents")
-    if args.latents and (args.csv or args.frame_interval or args.image_column or args.label_column):
-        parser.error("--csv, --frame-interval and columns were settled when --latents was made; leave them out")
-    for flag, asked in (("--grad-checkpointing", args.grad_checkpointing), ("--recompute", args.recompute)):
-        if asked and asked != "nothing" and args.ebm != "none":
-            parser.error(f"{flag} cannot recompute an energy's field, which is differentiated twice; drop one")
-    if args.min_lr and (args.lr_schedule != "cosine" or args.min_lr > args.lr):
-        parser.error(f"--min-lr {args.min_lr:g} is where --lr-schedule cosine ends, below --lr {args.lr:g}")
-    cli.check_c(parser, args)
-    watch.check(parser, args)
-    if args.init_positions and not (args.init_from and args.video):
-        parser.error("--init-positions is for --video that starts --init-from other weights")
-    if args.weights != "ema" and not args.init_from:
-        parser.error("--weights says which ones of --init-from to take; give both")
-    for name in ("ema_decay", "ema_std"):
-        values = getattr(args, name) or []
-        if len(set(values)) < len(values):
-            parser.error(f"--{name.replace('_', '-')} has {', '.join(map(str, values))}, one of them twice")
-    if len(args.ema_decay) == 1:
-        (args.ema_decay,) = args.ema_decay
-    if args.shard and args.optimizer == "muon":
-        parser.error("--optimizer muon wants whole matrices, which --shard splits; drop one")
-    if args.split_checkpoints and args.ema_std:
-        parser.error("--ema-std keeps snapshots as whole files, and --split-checkpoints writes none; drop one")
-    if args.shard and args.eval_every:
-        parser.error("--eval-every samples on each rank alone, which --shard does not allow; run evaluate.py instead")
-    if args.shard and args.ebm != "none":
-        parser.error("--shard cannot split an energy model, whose field is differentiated twice; drop one")
     architecture.check_geometry(args)
     return args
 
@@ -141,96 +62,6 @@ def open_dataset(args):
             f"--num-classes {args.num_classes} is too small: the data has {len(dataset.class_names)} classes"
         )
     return dataset
-
-
-class Saver:
-    """Call it with a step: it copies what that step's checkpoint keeps, and a thread writes it while training goes on.
-
-    Every rank must call it. A second save waits for the first. One that failed is raised by the next call, or by
-    check(), which never waits.
-    """
-
-    def __init__(self, args, ranks, trainer, meter, dataset, data, log):
-        self.args = args
-        self.ranks = ranks
-        self.trainer = trainer
-        self.meter = meter
-        self.dataset = dataset
-        self.data = data
-        self.log = log
-        self.sharded = parallel.splits(args, ranks)
-        self.group = distributed.new_group(ranks) if self.sharded and args.split_checkpoints else None
-        self.keeps = ranks.is_main or self.group is not None  # what this rank copies, it has memory for
-        self.folder = distributed.on_main(ranks, lambda: log.folder) / "checkpoints"
-        self.copy = saving.HostCopy(ranks.is_main, parts=self.group is not None)
-        self.thread = saving.Background()
-        self.last = None  # step
-        self.reserved = False
-
-    def check(self):
-        if self.keeps and not self.reserved:  # after the first step, which made the moments
-            kept = {name: part.state_dict() for name, part in self.trainer.parts().items() if name != "scaler"}
-            self.thread.start(self.copy.reserve, kept)  # without the scaler, whose state waits for the device
-            self.reserved = True
-        self.thread.check()
-
-    def __call__(self, step, wait=False):
-        if step != self.last:
-            self._save(step)
-            self.last = step
-        if wait:
-            self.thread.wait()
-
-    def _save(self, step):
-        self.thread.wait()  # for the save before this one, whose memory the copy takes
-        trainer = self.trainer
-        trainer.guard.check(step, trainer.scaler.get_scale())
-        meter_state = self.meter.state_dict()
-        if self.keeps or self.sharded:
-            self._write(step, {
-                **{name: part.state_dict() for name, part in trainer.parts().items()},
-                "args": resume.absolute(vars(self.args)),
-                "step": step,
-                "epoch": step * self.args.global_batch_size // len(self.dataset),
-                "meter": meter_state,
-                "rng": {"global_seed": self.args.global_seed, "step": step},  # all there is: see seeds.py
-                "class_names": self.dataset.class_names,
-                "data": self.data,
-                **identity(trainer.run_in, self.ranks),
-            })  # fmt: skip
-
-    def _write(self, step, state):
-        save = checkpoint.save
-        if self.group is not None:
-            save = partial(parts.save, is_main=self.ranks.is_main, group=self.group)
-        write = partial(write_checkpoint, save, self.folder / f"{step:07d}.pt", self.args.keep_checkpoints, self.log)
-        try:
-            copied = self.copy.take(state)
-        except Exception as error:
-            if self.sharded or not is_out_of_memory(error):
-                raise
-            self.copy = saving.HostCopy()
-            self.log.info("There is no memory for a copy of the state: training waits until it is written")
-            write(state, lambda: None)
-        else:
-            if self.keeps:
-                self.thread.start(write, copied, distributed.fence(self.ranks.device))
-
-
-def write_checkpoint(save, path, keep, log, state, arrived):
-    """Write a checkpoint and what goes with it, for which each rank that keeps some of it must call.
-
-    save: called with path and state. keep: how many to keep, None for all. arrived: waits for the state.
-    """
-    arrived()
-    save(path, state)
-    if log.folder is None:
-        return
-    ema.keep_snapshot(path, state)
-    if keep:
-        checkpoint.prune(path.parent, keep)
-    log.info(f"Saved checkpoint {path.name}")
-    log.draw()
 
 
 def find_checkpoint(args, ranks, data, like):
@@ -308,16 +139,6 @@ def start_from(args, trainer, class_names):
     state, table = resume.load_on_all(args.init_from, fitted, distributed.all_agree)
     trainer.restore({"model": state, "ema": state, "args": {}}, args.init_from)
     return table
-
-
-def identity(run_in, ranks):
-    """What a resumed run must have in common with a checkpoint to be exact, besides its flags."""
-    return {
-        "precision": run_in.name,
-        "world_size": ranks.world_size,
-        "torch": str(torch.__version__),
-        "device": ranks.device.type,
-    }
 
 
 def main():

@@ -279,7 +279,7 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch):
     run = re.search(r'from_pretrained\("([^"]+)"', code)[1]
     (tmp_path / run / "checkpoints").mkdir(parents=True)
     args = {**CLIP_ARGS, "num_classes": 4}
-    save_checkpoint(tmp_path / run / "checkpoints" / "0000100.pt", args, names=["a", "b", "Biking", "c"])
+    save_checkpoint(tmp_path / run / "checkpoints" / "0000100.pt", args, names=["a", "b", "Biking", "Surfing"])
     monkeypatch.chdir(tmp_path)
     namespace = {}
     exec("\n".join(line[4:] for line in code.splitlines()), namespace)  # noqa: S102

@@ -17,7 +17,7 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.architecture": 2, "EqM.transplant": 2, "EqM.composition": 2,
     "EqM.pipeline": 3,
     "EqM.cli": 4, "EqM.recipe": 4, "EqM.trace": 4, "EqM.metrics": 4,
-    "EqM.watch": 5,
+    "EqM.watch": 5, "EqM.training_flags": 5,
     "EqM.train": 6, "EqM.sample_gd": 6, "EqM.extract_latents": 6, "EqM.evaluate": 6, "EqM.score": 6,
     "EqM.export": 6, "EqM.gather": 6,
     "EqM.measure": 7,

@@ -140,14 +140,16 @@ class VAE:
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def _decoded(self, z):
+        return self._run(lambda: self._decode(z), math.prod(z.shape[-2:]) * self.geometry.space**2)
+
+    def _decode(self, z):
         config, more, noise = self.network.config, {}, nullcontext()
         if config.get("timestep_conditioning"):  # LTX may clean noisy latents as it decodes; these have none
             more = {"temb": torch.zeros(len(z), device=z.device)}
         if any(config.get("decoder_inject_noise", ())):
             noise = _same_noise(z.device)
         with noise:
-            pixels = math.prod(z.shape[-2:]) * self.geometry.space**2
-            return self._run(lambda: self.network.decode(z, **more).sample, pixels)
+            return self.network.decode(z, **more).sample
 
     def _run(self, function, pixels):
         """The network's result in FP32. If FP16 overflows, this and all that follows is done in FP32.

@@ -42,9 +42,10 @@ class Geometry:
     def latent_frames(self, clip_len):
         """Latent frames of a clip. Raises UserError, with the nearest lengths, if it would not come back as long."""
         if not self._fits(clip_len):
-            below = max((n for n in range(1, clip_len) if self._fits(n)), default=None)
-            above = next(n for n in range(clip_len, clip_len + self.period + 1) if self._fits(n))
-            nearest = f"{below} or {above}" if below else above
+            near = range(max(1, clip_len - self.period), clip_len + self.period + 1)
+            below = [n for n in near if n < clip_len and self._fits(n)][-1:]
+            above = [n for n in near if n > clip_len and self._fits(n)][:1]
+            nearest = " or ".join(map(str, below + above))
             lengths = " or ".join(f"{self.period}k{f' + {rest}' if rest else ''}" for rest in self.rests)
             raise UserError(
                 f"--clip-len {clip_len} does not suit {self.kind}, which takes clips of {lengths} frames; "

@@ -44,6 +44,8 @@ def compile_blocks(model, run_in, tell, checkpointing=False, recomputing=False):
     if obstacle:
         tell(f"--compile has no effect: {obstacle}")
         return False
+    # Data parallel would have blocks cut where a bucket of gradients is full, to send it earlier. A block is short.
+    torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.forward = torch.compile(block.forward, backend=_keeping_products if recomputing else "inductor")
     return True

@@ -4,6 +4,7 @@ import warnings
 
 from torch.nn.parallel import DistributedDataParallel
 
+from EqM.run import distributed
 from EqM.run.errors import UserError
 
 
@@ -46,7 +47,8 @@ def data_parallel(model, ranks):
     if ranks is None or ranks.world_size == 1:
         return model
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # Its one buffer, of frequencies, is the same on all ranks from the start.
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def shard(networks, ranks, size=None):
@@ -63,6 +65,8 @@ def shard(networks, ranks, size=None):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes a field in place
     shape = (ranks.world_size,) if size in (None, ranks.world_size) else (ranks.world_size // size, size)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+    for group in mesh.get_all_groups():
+        distributed.wait_long(group, ranks.device)
     for network in networks:
         for block in network.blocks:
             fully_shard(block.adaLN_modulation, mesh=mesh)

@@ -79,24 +79,27 @@ class Block(torch.autograd.Function):
         shift1, _, gate1, shift2, _, gate2 = modulation.unsqueeze(1).chunk(6, dim=2)
         factor1, factor2 = factors.unbind(1)
         of_modulation = torch.empty_like(modulation)
-        of_shift1, of_scale1, of_gate1, of_shift2, of_scale2, of_gate2 = of_modulation.chunk(6, dim=1)
+        of_half1, of_half2 = of_modulation.unflatten(1, (2, 3, -1)).unbind(1)  # each shift, scale, gate: (N, 3, D)
+        of_both = x.new_empty(2, *x.shape)  # of scale and gate, before they are summed over tokens
         with run_in.autocast():  # on a CPU it decides how products are taken
-            of_out = _gate_backward(of_result, out, gate2, of_gate2)
+            of_out = _gate_backward(of_result, out, gate2, of_both[1])
             of_gelu, *of_fc2 = _linear_backward(of_out, F.gelu(hidden, approximate="tanh"), fc2)
             of_hidden = torch.ops.aten.gelu_backward(of_gelu, hidden, approximate="tanh")
             del of_out, of_gelu
             branch = (middle, block.norm2.eps, shift2, factor2, fc1)
-            of_middle, *of_fc1 = _branch_backward(of_hidden, *branch, run_in.dtype, of_shift2, of_scale2)
+            of_middle, *of_fc1 = _branch_backward(of_hidden, *branch, run_in.dtype, of_half2[:, 0], of_both[0])
+            torch.sum(of_both, dim=2, out=of_half2[:, 1:].transpose(0, 1))
             of_middle.add_(of_result)
             del of_hidden
 
-            of_projected = _gate_backward(of_middle, projected, gate1, of_gate1)
+            of_projected = _gate_backward(of_middle, projected, gate1, of_both[1])
             of_attended, *of_proj = _linear_backward(of_projected, attended.detach(), proj)
         (of_queries,) = torch.autograd.grad(attended, queries, of_attended)
         del of_projected, of_attended, attended, queries
         with run_in.autocast():
             branch = (x, block.norm1.eps, shift1, factor1, qkv)
-            of_x, *of_qkv = _branch_backward(of_queries, *branch, run_in.dtype, of_shift1, of_scale1)
+            of_x, *of_qkv = _branch_backward(of_queries, *branch, run_in.dtype, of_half1[:, 0], of_both[0])
+            torch.sum(of_both, dim=2, out=of_half1[:, 1:].transpose(0, 1))
         of_parameters = _cast((*of_qkv, *of_proj, *of_fc1, *of_fc2), torch.float32)
         return None, None, of_x.add_(of_middle), of_modulation, *of_parameters
 
@@ -122,8 +125,11 @@ def _modulated(normed, shift, factor, dtype):
 
 
 def _gate_backward(of_gated, value, gate, of_gate):
-    """Gradient of value in gate * value, in its dtype; writes that of the gate, (N, D). of_gated, value: (N, L, D)."""
-    torch.sum(of_gated * value, dim=1, out=of_gate)
+    """Gradient of value in gate * value, in its dtype; of_gate: where that of the gate goes, not summed over tokens.
+
+    All are (N, L, D), the gate (N, 1, D).
+    """
+    torch.mul(of_gated, value, out=of_gate)
     return torch.mul(of_gated, gate, out=torch.empty_like(value))
 
 
@@ -134,11 +140,14 @@ def _linear_backward(of_out, x, weight):
 
 
 def _branch_backward(of_out, x, eps, shift, factor, weight, dtype, of_shift, of_scale):
-    """Gradients of x, weight and bias in linear(modulate(norm(x), shift, scale)); writes those of shift and scale."""
+    """Gradients of x, weight and bias in linear(norm(x) * factor + shift).
+
+    of_shift: where that of shift goes, (N, D); of_scale: where that of factor goes, (N, L, D), not summed over tokens.
+    """
     normed, mean, deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
     of_modulated, of_weight, of_bias = _linear_backward(of_out, _modulated(normed, shift, factor, dtype), weight)
     torch.sum(of_modulated, dim=1, dtype=torch.float32, out=of_shift)
-    torch.sum(of_modulated * normed, dim=1, out=of_scale)
+    torch.mul(of_modulated, normed, out=of_scale)
     of_normed = of_modulated * factor
     of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
         of_normed, x, x.shape[-1:], mean, deviation, None, None, [True, False, False]

@@ -40,7 +40,7 @@ class _Saved:
         self.read = []
 
     def pack(self, tensor):
-        return [tensor]
+        return [tensor.detach()]  # a result that knows its node, kept by that node, would never be freed
 
     def unpack(self, cell):
         if not cell:

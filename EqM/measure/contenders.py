@@ -19,6 +19,7 @@ from EqM.data.tables import open_data
 from EqM.engine import precision, prepare
 from EqM.engine.ema import EMA
 from EqM.engine.trainer import Trainer
+from EqM.guidance import Guided
 from EqM.metrics import features
 from EqM.metrics.collect import Progress, collect
 from EqM.models import EqM_models
@@ -159,7 +160,7 @@ class PlainSampling:
 
     @torch.no_grad()
     def __call__(self):
-        field = samplers.guided(self.field, self.y, CFG_SCALE, CLASSES)
+        field = Guided(self.field, self.y, CFG_SCALE, CLASSES)
         return samplers.descend(field, self.x, SAMPLING_POINTS, STEPSIZE)
 
 

@@ -216,8 +216,8 @@ def notes(args, given):
     """What the figures are of, and what is not in them."""
     card = given.card
     lines = [
-        f"Each part's own most; peak is the most of all at once. Of {given.memory:g} GB, {CONTEXT:g} GiB are left "
-        f"to CUDA's context and libraries and {SPARE:.0%} to gaps between tensors: allowances, not counted."
+        f"Each part's own most; peak is the most of all at one moment. Of {given.memory:g} GB {CONTEXT:g} GiB are left "
+        f"to CUDA's context and libraries, and {SPARE:.0%} to gaps between tensors: allowances, not counted."
     ]
     if card:
         lines.append(
@@ -227,9 +227,7 @@ def notes(args, given):
     else:
         lines.append("No times: --card says whose.")
     if not torch.backends.cuda.is_built() and args.device != "cpu":
-        lines.append(
-            "This PyTorch has no CUDA: kernels were counted on CPU tensors, the autoencoder's norms in 16 bits."
-        )
+        lines.append("This PyTorch has no CUDA: a card's kernels are counted on CPU tensors; encoding is approximate.")
     if args.compile:
         lines.append("--compile is not counted: it fuses what is not a product, so that kernels and bytes are fewer.")
     if args.latents == NO_PLACE:

@@ -85,10 +85,10 @@ def fake_cuda(capability=(9, 0), strict=True, on_gradient=lambda parameter: None
 def like_cuda(capability, on_gradient=lambda parameter: None):
     """For PyTorch without CUDA, whose graphs take no tensors of a card: fake CPU tensors, and a card's kernels.
 
-    Attention and multi-tensor kernels are those of a card. Autocast is the CPU's, which agrees with a card's on all
-    that the network calls within it; in the autoencoder it leaves norms in 16 bits that a card computes in FP32.
+    Attention and multi-tensor kernels are those of a card. Autocast is the CPU's, which does with the network's
+    operations what a card's does; the autoencoder's norms it leaves in 16 bits, where a card's has FP32.
     """
-    border = Border(capability, strict=False)
+    border = Border(capability, strict=False, card="cpu")
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", border.attention),
         mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
@@ -134,20 +134,22 @@ class Border(TorchDispatchMode):
     """Between host and card: what crosses it, and which attention kernels were picked.
 
     attentions: their names, in order. uploads: how often a tensor went from the CPU to the card. waits: how often the
-    host would have waited for the card, which raises HostWait if strict; what it reads then is 1, or True.
+    host would have waited for the card, which raises HostWait if strict; else all that is read is 1, or True.
     """
 
-    def __init__(self, capability, strict):
+    def __init__(self, capability, strict, card="cuda"):
         super().__init__()
+        self.card = card
         self.capability = capability
         self.strict = strict
         self.attentions = []
         self.uploads = self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is aten._local_scalar_dense.default and (args[0].device.type == "cuda" or not self.strict):
-            self._wait("a value was read")
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
+        if func is aten._local_scalar_dense.default and not (self.strict and args[0].device.type == "cpu"):
+            if args[0].device.type == self.card:
+                self._wait("a value was read")
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **(kwargs or {}))
         if func in _MOVES:
             target, source = (result, args[1]) if func is aten.copy_.default else (result, args[0])

@@ -15,13 +15,13 @@ import torch
 
 from EqM import architecture
 from EqM.data import autoencoder as autoencoders
-from EqM.engine import precision
+from EqM.engine import precision, prepare
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.measure import contenders
 from EqM.measure.counting import Count
 from EqM.measure.fake_cuda import CUDA, fake_cuda, fake_tensors, like_cuda
-from EqM.preview import Preview
+from EqM.watch.preview import Preview
 
 PARTS = ("weights", "gradients", "moments", "ema", "activations", "autoencoder")
 
@@ -82,7 +82,10 @@ class Run:
             block.register_forward_pre_hook(lambda *_: self.entries.append(count.held["activations"]))
         self._make_moments()
         names = [str(i) for i in range(args.num_classes)]
-        self.preview = Preview(Path(), args, self.trainer, self.autoencoder, names) if args.sample_every else None
+        self.preview = None
+        if args.sample_every:
+            averaged = prepare.for_averages(self.trainer.ema.model, run_in)
+            self.preview = Preview(Path(), args, self.trainer, averaged, self.autoencoder, names)
 
     def _make_moments(self):
         """They are there from the first step on, and say what else the trainer's parts are."""

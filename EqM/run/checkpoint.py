@@ -1,7 +1,7 @@
 """Checkpoints: what is saved, how it survives a kill, and what is accepted back.
 
 A checkpoint holds FP32 tensors whatever the precision of the run, under the published keys `model`, `ema`,
-`opt`, `args`, and what an exact resume needs besides: see `Saver` in train.py. What comes back is looked at before
+`opt`, `args`, and what an exact resume needs besides: see engine/saver.py. What comes back is looked at before
 it is used, since a file from elsewhere may hold anything.
 """
 

@@ -124,6 +124,11 @@ def new_group(ranks):
     return dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world_size > 1 else None
 
 
+def wait_long(group, device):
+    """Give a group of part of the ranks, in which training waits, the limit that setup gave the group of all."""
+    dist.distributed_c10d._set_pg_timeout(NCCL_TIMEOUT if device.type == "cuda" else PATIENCE, group)
+
+
 def barrier():
     """Wait for all ranks, for as long as they take."""
     if _waiting is not None:

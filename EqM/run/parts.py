@@ -5,9 +5,11 @@ split over the ranks are `meta` ones, shapes without values, and beside it these
 writes them, named by their place in `run.pt`. It has its name once it is complete.
 """
 
+import io
+import os
 import pickle
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -31,13 +33,14 @@ DESCRIBES = {
 
 
 def is_in_parts(path):
-    return (Path(path) / HEAD).is_file()
+    return os.path.isfile(os.path.join(path, HEAD))  # False too where one may not look
 
 
 def save(path, state, is_main, group):
     """Write a checkpoint of which every rank holds its part, so that a kill leaves either none or the whole new one.
 
-    Every rank must call it at the same moment. group: of processes, used by nothing else meanwhile.
+    Every rank must call it at the same moment. group: of processes, used by nothing else meanwhile. Raises UserError on
+    all ranks where one of them cannot write.
     """
     import torch.distributed.checkpoint as dcp  # takes a while to import
 
@@ -48,15 +51,14 @@ def save(path, state, is_main, group):
     try:
         if is_main:
             saving.remove(partial)  # before its first word to the others, who write after it
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), process_group=group)
+        dcp.save(tensors, storage_writer=_writer(partial), process_group=group)
         if is_main:
             saving.save(partial / HEAD, head)
             saving.put(partial, path)
     except (dcp.CheckpointException, OSError) as error:
-        if not is_main:
-            raise SystemExit(2) from None  # the main rank says why
-        with suppress(OSError):
-            saving.remove(partial)
+        if is_main:
+            with suppress(OSError):
+                saving.remove(partial)
         told = _told(error)
         raise UserError(f"checkpoint {path} cannot be written ({told}); earlier ones are untouched") from None
 
@@ -66,6 +68,37 @@ def _set_aside(tensors, place, tensor):
         return tensor
     tensors[place] = tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+class _Stream(io.BufferedWriter):
+    """A file that keeps what went wrong, of which PyTorch's zip writer tells only where in its code it was."""
+
+    error = None
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _writer(path):
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class Files(FileSystem):
+        @contextmanager
+        def create_stream(self, path, mode):
+            with _Stream(io.FileIO(path, mode)) as stream:
+                try:
+                    yield stream
+                except RuntimeError as error:
+                    raise (stream.error or error) from None
+
+    writer = FileSystemWriter(path)
+    writer.fs = Files()
+    return writer
 
 
 def _told(error):

@@ -23,9 +23,14 @@ def part_of(value, like):
     """This rank's part of a value that it has whole, split over the ranks as `like` is, if that is split."""
     if not is_shard(like) or is_shard(value):
         return value
-    from torch.distributed.tensor import distribute_tensor  # takes a while to import
+    from torch.distributed.tensor import DTensor  # takes a while to import
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    mesh, placements = like.device_mesh, like.placements
+    sides, starts = compute_local_shape_and_global_offset(value.shape, mesh, placements)
+    local = value[tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))]
+    local = local.to(like.device, copy=True)  # distribute_tensor would move, and keep in memory, all of it
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def empty_part(tensor, like):

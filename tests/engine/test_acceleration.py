@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections import Counter
 from functools import partial
 from itertools import repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from EqM import samplers, train
 from EqM.engine import acceleration, prepare
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
+from EqM.guidance import Guided
 from EqM.models import EqM_models
 
 CPU = torch.device("cpu")
@@ -134,6 +136,21 @@ def test_fifty_steps_compile_one_block_once_and_whole(traced, name, words):
     assert not counters["graph_break"]
 
 
+def test_data_parallel_does_not_cut_compiled_blocks_nor_send_buffers(traced, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # where the first cut would be
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        args = train.parse_args(["--latents", "none", "--compile"])
+        model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
+        ranks = SimpleNamespace(world_size=2, device=CPU)  # as it would be called, were there another
+        trainer = Trainer(args, model, Precision("bf16", CPU, "test"), 2, ranks, tell=pytest.fail)
+        trainer.step(iter([(torch.randn(2, 4, 8, 8), torch.tensor([0, 1]))]))
+        assert trainer.network is not model and not trainer.network.broadcast_buffers
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(traced) == 3, "the trial of the compiler, and a block forwards and backwards"
+
+
 @pytest.mark.parametrize(("choice", "most"), [("elementwise", 26), ("nothing", 38)])
 def test_compiled_blocks_keep_products_and_take_none_twice(traced, choice, most):
     """In bytes per token and channel, by what is saved; attention as on a GPU, without weights of all pairs."""
@@ -168,7 +185,7 @@ def descent(model, run_in, labels):
 
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        end = samplers.descend(samplers.guided(field, labels, 4.0, 3), x, points=4, stepsize=0.1, sampler="ngd")
+        end = samplers.descend(Guided(field, labels, 4.0, 3), x, points=4, stepsize=0.1, sampler="ngd")
     hook.remove()
     return end, len(calls)
 

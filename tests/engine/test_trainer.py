@@ -5,6 +5,8 @@ from itertools import repeat
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from EqM import train
 from EqM.engine.precision import FLAGS as PRECISIONS
@@ -33,6 +35,31 @@ def test_a_step_whose_loss_is_infinite_changes_nothing_but_the_scale(name):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
     assert trainer.scaler.get_scale() == (scale / 2 if name == "fp16" else scale)
     assert trainer.step(iter([good]))[2] == 1 and trainer.guard.skipped == 1
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_every_step_is_the_same_operations_on_the_same_shapes_and_reads_no_value(name):
+    """What a graph of a whole step on a GPU needs. The batch is drawn before."""
+    words = "--latents none --max-grad-norm 1 --lr-schedule cosine --warmup-steps 2 --grad-accum-steps 2 --disp"
+    model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
+    trainer = Trainer(train.parse_args(words.split()), model, Precision(name, torch.device("cpu"), "test"), 10)
+    inputs = repeat((torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long)))
+    taken = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+            taken[-1].append((str(func), shapes))
+            return func(*args, **(kwargs or {}))
+
+    trainer.step(inputs)  # the first makes the optimizer's state
+    for _ in range(2):
+        taken.append([])
+        with Record():
+            trainer.step(inputs)
+    assert taken[0] == taken[1]
+    waits = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.unique")
+    assert taken[0] and not [op for op, _ in taken[0] if op.startswith(waits)]
 
 
 @pytest.mark.gpu

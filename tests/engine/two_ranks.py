@@ -3,6 +3,8 @@
 Ranks are as torchrun would say them; arguments: a folder to write to, a folder of images.
 """
 
+import re
+import resource
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.models import EqM
 from EqM.run import checkpoint, distributed, parts, saving, seeds
+from EqM.run.errors import UserError
+from EqM.run.log import RunLog
 from helpers import leaves, train_args
 
 STEPS = 20
@@ -70,12 +74,24 @@ def compare(ranks, folder):
     for _ in range(2):  # the second in the place of the first
         parts.save(folder / "parts.pt", {**in_parts, "precision": "fp32"}, ranks.is_main, group)
         distributed.barrier()
-    end = whole(steps(trainer, range(2), ranks.rank))
+    full = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not ranks.is_main:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, full[1]))  # as a disk that fills up
+    try:
+        parts.save(folder / "parts.pt", in_parts, ranks.is_main, group)
+        raise AssertionError("a disk that fills up went unseen")
+    except UserError as error:
+        assert re.search(r"parts.pt cannot be written \(File too large\); earlier ones are untouched", str(error)), (
+            error
+        )
+    resource.setrlimit(resource.RLIMIT_FSIZE, full)
+    distributed.barrier()
+    end = whole(steps(trainer, [1], ranks.rank))
     for name in ("whole.pt", "parts.pt"):
         again = make(ranks, "--shard")
         saved = checkpoint.load(folder / name, like=next(again.model.parameters()))
         assert again.restore(saved, name) == STEPS
-        assert furthest(end, whole(steps(again, range(2), ranks.rank))) == 0, name
+        assert furthest(end, whole(steps(again, [1], ranks.rank))) == 0, name
 
 
 def overflow(ranks):
@@ -93,6 +109,7 @@ def overflow(ranks):
 def command(ranks, folder, data):
     """train.py, stopped and gone on with in parts, and straight on in one file."""
     distributed.setup, distributed.cleanup = lambda device: ranks, distributed.barrier
+    RunLog.draw = lambda log: None  # which takes a second to import what draws
     flags = ["--shard", "--epochs", 50, "--log-every", 1, "--grad-accum-steps", 2, "--lr", 1e-2]
     parted = [*flags, "--split-checkpoints", "--ckpt-every", 1, "--keep-checkpoints", 2, "--auto-resume"]
     for root, *more in (

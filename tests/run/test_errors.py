@@ -109,6 +109,14 @@ def test_what_needs_less_memory_names_flags_that_are_left_to_take(args, words):
     assert cli.less_memory(args and Namespace(**args)) == f"what needs less: {words}"
 
 
+def test_several_ranks_may_share_what_one_cannot_hold(monkeypatch):
+    args = Namespace(global_batch_size=1, shard=False, ebm="none")
+    assert "--shard" not in cli.less_memory(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.less_memory(args) == "what needs less: --shard"
+    assert "--shard" not in cli.less_memory(Namespace(**{**vars(args), "ebm": "dot"}))
+
+
 def test_memory_that_runs_out_in_a_command_names_its_own_batch(run_script, monkeypatch, tmp_path):
     def setup(device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
