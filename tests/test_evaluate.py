@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from EqM.metrics import collect, features
+from EqM.metrics.reference import open_reference
 from EqM.run import checkpoint
 from helpers import CLIP_ARGS, IMAGE_ARGS, FlatInception, load_script, pictures, save_checkpoint, write_pictures
 
@@ -147,7 +148,7 @@ def test_a_reference_is_made_with_trainings_crop_and_says_so(evaluate, image_fol
     assert evaluate("--samples", tmp_path / "crops.npz", "--reference", ref).figures["fid"] < 1e-7
 
 
-def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, tiny_vae, tmp_path):
+def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, tiny_vae, tmp_path, weights):
     size = ["--image-size", 8, "--device", "cpu"]
     coded = run_script(
         "extract_latents",
@@ -166,6 +167,8 @@ def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, ti
     floor = evaluate("--samples", tmp_path / "c", "--reference", tmp_path / "ref.npz")
     assert floor.code == 0, floor.err
     assert floor.figures["fid"] > 1e-3 and floor.told["protocol"]["judged"]["vae"] == tiny_vae
+    networks = features.Networks(FlatInception(weights, torch.device("cpu")))
+    assert open_reference(tmp_path / "c", networks).shape == (8, 8, 3), "in FP32 where nothing else is said"
     made = evaluate("--make-reference", tmp_path / "c", "--out", tmp_path / "decoded.npz")
     assert made.code == 0, made.err
     assert evaluate("--samples", tmp_path / "c", "--reference", tmp_path / "decoded.npz").figures["fid"] < 1e-7

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from EqM.engine import precision
 from EqM.metrics.collect import collect
 from EqM.metrics.figures import Gaussian
 from EqM.metrics.sources import Npz, open_source, size_of
@@ -122,7 +123,10 @@ class Saved:
 
 
 def open_reference(path, networks, run_in=None, vae=None, tell=print):
-    """The reference that a path names: one of our own or ADM's, or a source. Raises UserError."""
+    """The reference that a path names: one of our own or ADM's, or a source. Raises UserError.
+
+    run_in: of the autoencoder that decodes a latent cache; left out, FP32. vae: where it lies now.
+    """
     if Path(path).is_file():
         try:
             with zipfile.ZipFile(path) as archive:
@@ -131,7 +135,7 @@ def open_reference(path, networks, run_in=None, vae=None, tell=print):
             raise UserError(f"--reference {printable(path)} is no npz: {reason(error)}") from None
         if "mu.npy" in names:
             return Saved(path, networks)
-    return FromSource(open_source(path, run_in, vae, tell))
+    return FromSource(open_source(path, run_in or precision.fp32(networks.inception.device), vae, tell))
 
 
 def make(source, out, networks, ranks, kept):
