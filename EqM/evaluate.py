@@ -135,7 +135,7 @@ def judged(args, run_in, vae_in, tell):
         recipe = [checkpoint.fingerprint(weights), count, shape, flags.sample_eps, about] if args.json else None
         keep = args.keep_samples and (Path(args.keep_samples) / path.stem if len(paths) > 1 else args.keep_samples)
         source = sources.Drawn(pipe, count, shape, how, args.classes, args.global_seed, args.batch_size, keep, recipe)
-        step = saved.get("step")
+        step = saved.get("step", int(path.stem) if path.stem.isdecimal() else None)
         yield path.stem, source, about | ({} if step is None else {"step": step})
 
 
@@ -159,11 +159,11 @@ def finish(args, told, results):
     print(report.table(results))
     if args.json:
         report.save(args.json, told, results)
-    if len(results) > 1:
+    if sum("step" in result for result in results) > 1:
         path = beside(args, ".png")
         report.draw(results, path)
         best = report.best(results)
-        print(f"Best: step {best['step']}; the plot: {path}" if best and "step" in best else f"The plot: {path}")
+        print(f"Best: step {best.get('step', '-')}; the plot: {path}" if best else f"The plot: {path}")
 
 
 def show_neighbours(args, evaluator, source, name, tell):

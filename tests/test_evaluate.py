@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from EqM.metrics import collect, features
+from EqM.metrics.reference import open_reference
 from EqM.run import checkpoint
 from helpers import CLIP_ARGS, IMAGE_ARGS, FlatInception, load_script, pictures, save_checkpoint, write_pictures
 
@@ -147,7 +148,7 @@ def test_a_reference_is_made_with_trainings_crop_and_says_so(evaluate, image_fol
     assert evaluate("--samples", tmp_path / "crops.npz", "--reference", ref).figures["fid"] < 1e-7
 
 
-def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, tiny_vae, tmp_path):
+def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, tiny_vae, tmp_path, weights):
     size = ["--image-size", 8, "--device", "cpu"]
     coded = run_script(
         "extract_latents",
@@ -166,9 +167,21 @@ def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, ti
     floor = evaluate("--samples", tmp_path / "c", "--reference", tmp_path / "ref.npz")
     assert floor.code == 0, floor.err
     assert floor.figures["fid"] > 1e-3 and floor.told["protocol"]["judged"]["vae"] == tiny_vae
+    networks = features.Networks(FlatInception(weights, torch.device("cpu")))
+    assert open_reference(tmp_path / "c", networks).shape == (8, 8, 3), "in FP32 where nothing else is said"
     made = evaluate("--make-reference", tmp_path / "c", "--out", tmp_path / "decoded.npz")
     assert made.code == 0, made.err
     assert evaluate("--samples", tmp_path / "c", "--reference", tmp_path / "decoded.npz").figures["fid"] < 1e-7
+
+
+def test_checkpoints_without_steps_are_a_table_alone(evaluate, real, tmp_path):
+    paths = [save_checkpoint(tmp_path / f"{name}.pt", IMAGE_ARGS, seed=i) for i, name in enumerate("ab")]
+    for path in paths:
+        content = torch.load(path, weights_only=True)
+        checkpoint.save(path, {name: content[name] for name in ("model", "ema", "args")})
+    result = evaluate("--ckpt", *paths, "--reference", real, *SHORT)
+    assert result.code == 0, result.err
+    assert [list(each) for each in result.told["results"]] == [ALL, ALL] and not (tmp_path / "r.png").exists()
 
 
 def clips(tmp_path, name, frames, seed):
@@ -189,6 +202,18 @@ def test_clips_have_an_fvd_and_the_fid_of_their_frames(evaluate, i3d_file, tmp_p
     alone = evaluate("--samples", one, "--reference", other)
     assert list(alone.figures) == ["frame_fid"] and "no FVD: it wants --i3d FILE" in alone.out
     assert evaluate("--samples", one, "--reference", one, "--i3d", i3d_file).figures["fvd"] < 1e-10
+
+
+def test_a_reference_of_clips_has_their_fvd_if_it_was_made_with_i3d(evaluate, i3d_file, clip_folder, tmp_path):
+    judged = clips(tmp_path, "a", 16, 0)
+    made = ["--make-reference", clip_folder, "--video", "--clip-len", 16, "--image-size", 8]
+    assert evaluate(*made, "--out", tmp_path / "without.npz").code == 0
+    assert evaluate(*made, "--out", tmp_path / "with.npz", "--i3d", i3d_file).code == 0
+    without = evaluate("--samples", judged, "--reference", tmp_path / "without.npz", "--i3d", i3d_file)
+    assert list(without.figures) == ["frame_fid"] and "no FVD: the reference has no features by I3D" in without.out
+    both = evaluate("--samples", judged, "--reference", tmp_path / "with.npz", "--i3d", i3d_file)
+    assert list(both.figures) == ["fvd", "frame_fid"], both.err
+    assert both.figures["frame_fid"] == pytest.approx(without.figures["frame_fid"], rel=1e-9)
 
 
 def test_short_clips_have_the_fid_of_their_frames_alone(evaluate, i3d_file, clip_folder, tmp_path):
@@ -231,6 +256,8 @@ def test_few_samples_are_a_warning_with_the_number(evaluate, samples, real, tmp_
         ("--samples {samples} --reference {other}", "was made of other features: mu has the shape"),
         ("--samples {samples} --reference {foreign}", "was made of other features: by the network 0000"),
         ("--samples {samples} --reference {cut}", "is no npz"),
+        ("--samples {samples} --reference {half}", "has mu without sigma"),
+        ("--samples {samples} --reference {strange}", "made is no JSON object"),
         ("--samples {floats} --reference {real}", "arr_0 of .* is float32"),
         ("--samples {odd} --reference {real}", "cannot be read .*; take it out"),
         ("--samples {samples} --reference {real} --i3d {cut}", "--i3d .* does not load"),
@@ -255,7 +282,10 @@ def test_bad_input_is_one_line(evaluate, samples, real, image_ckpt, tmp_path, fl
     np.savez(tmp_path / "other.npz", mu=np.zeros(9), sigma=np.eye(9))
     made = json.dumps({"features": {"digest": "0" * 64}})
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(6), sigma=np.eye(6), made=made)
-    places = {name: tmp_path / f"{name}.npz" for name in ("cut", "floats", "other", "foreign")}
+    np.savez(tmp_path / "half.npz", mu=np.zeros(6))
+    np.savez(tmp_path / "strange.npz", mu=np.zeros(6), sigma=np.eye(6), made="[1]")
+    names = ("cut", "floats", "other", "foreign", "half", "strange")
+    places = {name: tmp_path / f"{name}.npz" for name in names}
     places |= {name: tmp_path / name for name in ("empty", "mixed", "odd", "none")}
     filled = flags.format(samples=samples, real=real, big=big, ckpt=image_ckpt, **places).split()
     before = {path.name for path in tmp_path.iterdir()}

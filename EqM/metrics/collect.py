@@ -17,7 +17,7 @@ from EqM.run.errors import UserError, reason
 from EqM.run.log import progress
 
 SAVED_EVERY = 20.0  # seconds
-HANDED_OVER = 8192  # items, after which they leave the device also where nothing is saved
+HANDED_OVER = 4096  # items, after which they leave the device also where nothing is saved
 KINDS = ("pooled", "spatial", "motion")  # features of images or frames, those of sFID, those of clips
 
 
@@ -127,14 +127,14 @@ class Progress:
         except (OSError, ValueError):
             return None
 
-    def finish(self, recipe, figures):
-        """Keep figures in place of the features they were made from."""
+    def finish(self, recipe, figures, made_of):
+        """Keep figures in place of the features they were made from, whose recipe is made_of."""
         if self.folder is None or recipe is None:
             return
         path = self.folder / f"{_key(recipe)}.json"
         path.with_suffix(".writing").write_text(json.dumps(figures), encoding="utf-8")
         os.replace(path.with_suffix(".writing"), path)
-        for part in self.folder.glob(f"{_key(recipe)}-*.pt"):
+        for part in self.folder.glob(f"{_key(made_of)}-*.pt"):
             part.unlink(missing_ok=True)
 
     def remove(self):
@@ -150,14 +150,22 @@ def _key(recipe):
     return hashlib.blake2b(json.dumps(recipe, default=str).encode(), digest_size=8).hexdigest()
 
 
+def recipe_of(source, networks):
+    """What is equal only for the same features in the same batches; None for a source that does not say what it is."""
+    return None if source.recipe is None else [source.recipe, _batch_of(source, networks), networks.told()]
+
+
+def _batch_of(source, networks):
+    return getattr(source, "batch", None) or (CLIPS if source.is_clips else networks.inception.batch)
+
+
 def collect(source, networks, ranks, kept, desc="features", shown=True):
     """The Collected of all items of a source on the main rank; elsewhere None. Every rank must call it.
 
     Batches are of one size and ranks take them in turn, so that each holds the same items however many ranks there
     are. kept: a Progress, in which parts of it may lie. desc, shown: of the bar.
     """
-    size = getattr(source, "batch", None) or (CLIPS if source.is_clips else networks.inception.batch)
-    recipe = None if source.recipe is None else [source.recipe, size, networks.told()]
+    size, recipe = _batch_of(source, networks), recipe_of(source, networks)
     mine = Collected(source.count)
     distributed.on_main(ranks, kept.open, share=False)
     done = distributed.on_main(ranks, lambda: _taken_up(mine, kept.parts(recipe)))

@@ -9,7 +9,7 @@ import torch
 
 from EqM.data import media
 from EqM.metrics import figures, reference
-from EqM.metrics.collect import Progress, collect
+from EqM.metrics.collect import Progress, collect, recipe_of
 from EqM.metrics.features import CLIP
 from EqM.run import distributed
 from EqM.run.errors import UserError
@@ -45,7 +45,7 @@ class Evaluator:
         collected = collect(source, self.networks, self.ranks, self.kept, desc)
         found = distributed.on_main(self.ranks, lambda: self._figures(source, collected))
         if self.ranks.is_main:
-            self.kept.finish(recipe, found)
+            self.kept.finish(recipe, found, made_of=recipe_of(source, self.networks))
         return found
 
     def _prepare(self):
@@ -90,13 +90,13 @@ class Evaluator:
                     f"warning: {moments.count} samples give a singular covariance of {moments.size} features, so that "
                     f"{name} comes out too high: it needs at least {moments.size + 1}"
                 )
-        if source.is_clips and not collected.moments["motion"].count:
-            short = source.shape[0] < CLIP
-            self._say(
-                f"no FVD: it wants {CLIP} frames, and these clips have {source.shape[0]}: the FID of frames alone"
-                if short
-                else "no FVD: it wants --i3d FILE: the FID of frames alone"
-            )
+        if source.is_clips and not (collected.moments["motion"].count and "motion" in self._statistics.gaussians):
+            why = "the reference has no features by I3D, so make it anew with --i3d FILE"
+            if source.shape[0] < CLIP:
+                why = f"it wants {CLIP} frames, and these clips have {source.shape[0]}"
+            elif self.networks.motion is None:
+                why = "it wants --i3d FILE"
+            self._say(f"no FVD: {why}; the FID of frames alone")
 
     def _say(self, line):
         if line not in self._told:

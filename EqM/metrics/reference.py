@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from EqM.engine import precision
 from EqM.metrics.collect import collect
 from EqM.metrics.figures import Gaussian
 from EqM.metrics.sources import Npz, open_source, size_of
@@ -45,7 +46,7 @@ def of_collected(collected):
     return Statistics(gaussians, collected.features)
 
 
-class Items:
+class FromSource:
     """A reference that is a source: its features are taken when they are first needed."""
 
     def __init__(self, source):
@@ -73,6 +74,10 @@ class Saved:
                     if names.issuperset(keys):
                         self._moments[kind] = tuple(torch.from_numpy(archive[key]).double() for key in keys)
                 self._features = torch.from_numpy(archive["features"]).float() if "features" in names else None
+            if not isinstance(self.made, dict) or not isinstance(self.made.get("features", {}), dict):
+                raise ValueError("made is no JSON object that names features")
+            if "pooled" not in self._moments:
+                raise ValueError("it has mu without sigma")
         except Exception as error:  # over damaged archives numpy raises anything
             raise UserError(f"--reference {path} is damaged or no npz: {reason(error)}") from None
         self._check(networks)
@@ -87,7 +92,7 @@ class Saved:
     def _check(self, networks):
         wanted = dict(zip(("pooled", "spatial"), networks.inception.sizes, strict=True))
         for kind, (mean, covariance) in self._moments.items():
-            size = wanted.get(kind, len(mean))
+            size = wanted.get(kind, mean.numel())
             if mean.shape != (size,) or covariance.shape != (size, size):
                 raise UserError(
                     f"--reference {self.path} was made of other features: {KEYS[kind][0]} has the shape "
@@ -95,6 +100,8 @@ class Saved:
                 )
             if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
                 raise UserError(f"--reference {self.path} is damaged: {KEYS[kind][0]} holds values that are not finite")
+        if self._features is not None and self._features.shape[1:] != (wanted["pooled"],):
+            raise UserError(f"--reference {self.path} is damaged: its features are {tuple(self._features.shape)}")
         ours = {"digest": networks.inception.digest, "i3d_digest": networks.motion and networks.motion.digest}
         for name, flag in (("digest", "--inception"), ("i3d_digest", "--i3d")):
             theirs = self.made.get("features", {}).get(name)
@@ -116,7 +123,10 @@ class Saved:
 
 
 def open_reference(path, networks, run_in=None, vae=None, tell=print):
-    """The reference that a path names: one of our own or ADM's, or a source. Raises UserError."""
+    """The reference that a path names: one of our own or ADM's, or a source. Raises UserError.
+
+    run_in: of the autoencoder that decodes a latent cache; left out, FP32. vae: where it lies now.
+    """
     if Path(path).is_file():
         try:
             with zipfile.ZipFile(path) as archive:
@@ -125,7 +135,7 @@ def open_reference(path, networks, run_in=None, vae=None, tell=print):
             raise UserError(f"--reference {printable(path)} is no npz: {reason(error)}") from None
         if "mu.npy" in names:
             return Saved(path, networks)
-    return Items(open_source(path, run_in, vae, tell))
+    return FromSource(open_source(path, run_in or precision.fp32(networks.inception.device), vae, tell))
 
 
 def make(source, out, networks, ranks, kept):

@@ -15,6 +15,13 @@ from EqM.measure import benchmark, contenders
 CPU = torch.device("cpu")
 
 
+def test_features_are_the_same_by_either_recipe(tiny, inception_file):
+    args, run_in = tiny("--inception", inception_file), Precision("fp32", CPU, "test")
+    ours, plain = contenders.Features(args, run_in), contenders.PlainFeatures(args, run_in)
+    plain.images.images = ours.source.images.movedim(-1, 1).contiguous()
+    assert torch.equal(ours().features, plain()["2048"])
+
+
 def test_ratios_are_taken_within_work_recipe_and_precision():
     speeds = {
         ("train", "ours", "fp32"): 2.0,
