@@ -83,17 +83,22 @@ class Search:
         """Largest batch with a peak of at most so many bytes; 0 if there is none. Two must have been counted."""
         while True:
             fit, over = self._sides(most)
-            if not fit and over[0].batch == 1:
-                return 0
+            if not fit and (over[0].batch == 1 or over[1].peak <= over[0].peak):
+                return 0  # what is too large does not grow with the batch
             if not fit:  # a line through two that are too large does not fall below the largest
                 self.step(max(1, min(over[0].batch - 1, _reach(over[1], over[0], most))))
                 continue
             last = fit[-1].batch
-            top = _reach(fit[-2], fit[-1], most) if len(fit) > 1 else 4 * last  # nor does one through two that fit
-            top = min(top, over[0].batch - 1) if over else top
+            top = over[0].batch - 1 if over else math.inf
+            if len(fit) > 1 and fit[-1].peak > fit[-2].peak:  # nor does one through two that fit rise too fast
+                top = min(top, _reach(fit[-2], fit[-1], most))
             if top == last:
                 return last
-            self.step(min(top, max(last + 1, _reach(fit[-1], over[0], most))) if over else min(top, 16 * last))
+            if over:
+                guess = max(last + 1, _reach(fit[-1], over[0], most))
+            else:
+                guess = max(2 * last, _reach(fit[-2], fit[-1], most)) if len(fit) > 1 else 2 * last
+            self.step(min(top, guess))
 
     def _sides(self, most):
         """Steps that fit, and those that do not, by batch."""
@@ -102,9 +107,14 @@ class Search:
 
 
 def _reach(one, other, most):
-    """The batch at which the line through two steps' peaks reaches so many bytes; far off, where it does not rise."""
+    """The batch at which the line through two steps' peaks reaches so many bytes.
+
+    Where peaks do not rise yet, activations say how far it may be.
+    """
     slope = (other.peak - one.peak) / (other.batch - one.batch)
-    return one.batch + math.floor((most - one.peak) / slope) if slope > 0 else 2 * max(one.batch, other.batch)
+    if slope <= 0:
+        slope = (other.parts["activations"] - one.parts["activations"]) / (other.batch - one.batch)
+    return one.batch + math.floor((most - one.peak) / slope)
 
 
 def figures(args, name, given):

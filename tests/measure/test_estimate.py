@@ -103,7 +103,10 @@ def test_the_largest_batch_of_a_convex_peak_is_found_in_few_steps(most, start):
     def peak(batch):
         return max(100, 40 + 3 * batch, 7 * batch)
 
-    search = estimate.Search(lambda batch, passes: SimpleNamespace(batch=batch, peak=peak(batch)))
+    def run(batch, passes):
+        return SimpleNamespace(batch=batch, peak=peak(batch), parts={"activations": 6 * batch})
+
+    search = estimate.Search(run)
     search.step(start), search.step(start // 2 or 2)
     assert search.largest(most) == max((batch for batch in range(5000) if peak(batch) <= most), default=0)
     assert len(search.steps) <= 12
@@ -111,7 +114,9 @@ def test_the_largest_batch_of_a_convex_peak_is_found_in_few_steps(most, start):
 
 def test_figures_are_those_of_the_issue_and_agree_with_each_other(run_script, tmp_path):
     file = tmp_path / "estimate.json"
-    result = run_script("estimate", *TINY, "--global-batch-size", 16, "--ranks", 2, "--card", "a100", "--json", file)
+    result = run_script(
+        "estimate", *TINY, "--global-batch-size", 16, "--ranks", 2, "--memory", 2, "--card", "a100", "--json", file
+    )
     assert result.code == 0, result.err
     known = json.loads(file.read_text())
     parameters = sum(p.numel() for p in EqM_models["EqM-T/4"](input_size=32, num_classes=10).parameters())
@@ -130,7 +135,7 @@ def test_figures_are_those_of_the_issue_and_agree_with_each_other(run_script, tm
 
 def test_a_block_keeps_in_fp32_what_its_operations_need_twice():
     """Of a token's channels: three of the norms, modulations and sums each way, qkv, attention, projection, MLP."""
-    given, args = estimate.parse_args([*TINY, "--global-batch-size", "8"])
+    given, args = estimate.parse_args([*TINY, "--memory", "2", "--global-batch-size", "8"])
     taken, _ = estimate.figures(args, "fp32", given)
     values = 2 * (1 + 1 + 1) + 3 + 1 + 1 + 4 + 4 + 1  # inputs of norms, of modulations, of products; gates' inputs
     assert taken["bytes_per_token_channel"] == pytest.approx(4 * values, rel=0.02)
@@ -161,7 +166,7 @@ def test_flags_that_are_said_to_fit_do():
 
 def test_a_card_without_bf16_says_so(run_script, tmp_path):
     file = tmp_path / "estimate.json"
-    words = [*TINY, "--global-batch-size", 4, "--card", "t4", "--use-bf16", "--json", file]
+    words = [*TINY, "--global-batch-size", 4, "--card", "t4", "--memory", 2, "--use-bf16", "--json", file]
     result = run_script("estimate", *words)
     assert result.code == 0 and "T4 has no units for bf16" in result.out
     known = json.loads(file.read_text())
