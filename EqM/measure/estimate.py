@@ -31,6 +31,7 @@ TABLE_MODELS = {
     **{f"EqM-{size}/4, clips": ["--model", f"EqM-{size}/4", "--video", "--clip-len", "4"] for size in ("S", "B")},
 }
 TABLE_MEMORY = (8, 12, 16, 24, 48, 80)  # GB
+RECOMPUTING = {"recompute": "--recompute elementwise", "grad_checkpointing": "--grad-checkpointing"}
 SECONDS = ("product_seconds", "memory_seconds")
 NO_PLACE = "no cache"  # stands for a folder of latents where none was named
 AMPERE = (8, 0)  # what a card of which only the memory is known is taken for
@@ -64,7 +65,7 @@ def room(memory):
 
 
 class Search:
-    """Largest batches of a Run, each counted. Its peak is taken to be convex in the batch.
+    """Largest batches of a Run, each counted or held from both sides. Its peak is taken to be convex in the batch.
 
     (What rules a large batch grows evenly with it; what rules a small one, the optimizer's step say, does not grow.)
     """
@@ -95,7 +96,10 @@ class Search:
             if top == last:
                 return last
             if over:
-                guess = max(last + 1, _reach(fit[-1], over[0], most))
+                least = _reach(fit[-1], over[0], most)  # a line between the two is above all peaks there
+                if least == top:
+                    return top
+                guess = max(last + 1, least)
             else:
                 guess = max(2 * last, _reach(fit[-2], fit[-1], most)) if len(fit) > 1 else 2 * last
             self.step(min(top, guess))
@@ -126,7 +130,8 @@ def figures(args, name, given):
     if card and name != "fp32" and getattr(card, name) is None:
         return None
     batch = loader.micro_batch_size(args, Ranks(0, given.ranks, None))
-    with rehearsal(args, name, card.capability if card else AMPERE) as run:
+    shards = (args.shard_size or given.ranks) if given.ranks > 1 and getattr(args, "shard", False) else 1
+    with rehearsal(args, name, card.capability if card else AMPERE, shards) as run:
         search = Search(run, min(passes, 2))
         step, other = search.step(batch), search.step(batch // 2 or 2)
         largest = search.largest(room(given.memory))
@@ -169,20 +174,21 @@ def ways(args, given, asked, known):
     """Flags with which a step fits that does not as asked, the least costly first. known: figures by precision."""
     total = args.global_batch_size // given.ranks
     half = "bf16" if known["bf16"] else "fp16"
-    tried = [(asked, args.grad_checkpointing), (half, args.grad_checkpointing)]
-    tried += [(half, True)] if args.ebm == "none" else []
+    tried = [(asked, {}), (half, {})]
+    if args.ebm == "none" and not args.grad_checkpointing:  # the others cannot be recomputed, or are
+        tried[1:1] = [(asked, {"recompute": "elementwise"})] if asked == "fp32" and not args.recompute else []
+        tried += [(half, {"grad_checkpointing": True})]
     found = {}
-    for name, checkpointing in tried:
-        same = checkpointing == args.grad_checkpointing
-        settled = argparse.Namespace(**{**vars(args), "grad_checkpointing": checkpointing})
-        taken, beside = known[name] if same else figures(settled, name, given)
+    for name, more in tried:
+        settled = argparse.Namespace(**{**vars(args), **more})
+        taken, beside = figures(settled, name, given) if more else known[name]
         if taken["peak"] <= room(given.memory):
             passes = args.grad_accum_steps
         else:
             fitting = (k for k in range(args.grad_accum_steps + 1, total + 1) if not total % k and total // k <= beside)
             passes = next(fitting, None)
         if passes:
-            words = [*precision.FLAGS[name], *(["--grad-checkpointing"] if checkpointing else [])]
+            words = [*precision.FLAGS[name], *(RECOMPUTING[flag] for flag in more)]
             words += ["--grad-accum-steps", str(passes)] if passes > 1 else []
             found[" ".join(words)] = None
     return list(found)
@@ -240,6 +246,8 @@ def notes(args, given):
         lines.append("This PyTorch has no CUDA: a card's kernels are counted on CPU tensors; encoding is approximate.")
     if args.compile:
         lines.append("--compile is not counted: it fuses what is not a product, so that kernels and bytes are fewer.")
+    if getattr(args, "shard", False):
+        lines.append("Shares of --shard are by arithmetic, with two blocks whole at a time; sending is not counted.")
     if args.latents == NO_PLACE:
         lines.append("Latents come from a cache; with --data-path DIR, which need not exist, encoding is counted.")
     return lines
@@ -256,7 +264,8 @@ def largest_batches(tell):
                 with rehearsal(args, name) as run:
                     search = Search(run)
                     search.step(8), search.step(16)
-                    found.append([search.largest(room(memory)) for memory in TABLE_MEMORY])
+                    largest = {memory: search.largest(room(memory)) for memory in reversed(TABLE_MEMORY)}
+                    found.append([largest[memory] for memory in TABLE_MEMORY])
             rows.append([model, name.upper(), *(f"{plain} / {less}" for plain, less in zip(*found, strict=True))])
             tell(" ".join(map(str, rows[-1])))
     return table(["model", "", *(f"{memory} GB" for memory in TABLE_MEMORY)], rows)
