@@ -7,12 +7,14 @@ Takes train.py's flags, and needs neither data nor GPU nor network. The step of 
 and what it holds, starts and moves is counted (see rehearsal.py); with --device cpu, as it runs on a CPU.
 """
 
-import argparse
 import json
 import math
+import os
 import sys
+from argparse import Namespace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +39,7 @@ NO_PLACE = "no cache"  # stands for a folder of latents where none was named
 AMPERE = (8, 0)  # what a card of which only the memory is known is taken for
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Namespace]:
     """(own flags, train.py's), of which none has to say where data is."""
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.usage = "python -m EqM.measure.estimate [--card CARD | --memory GB] [--ranks N] [flags of train.py]"
@@ -54,12 +56,23 @@ def parse_args(argv=None):
     args.num_classes = args.num_classes or architecture.MODEL_DEFAULTS["num_classes"]
     if args.device not in (None, "cuda", "cpu"):
         parser.error(f"--device {args.device}: steps are counted for cuda, the default, or cpu")
-    given.card = CARDS[given.card or "h100"] if given.card or not given.memory else None
-    given.memory = given.memory or given.card.memory
+    if given.json and not given.json.absolute().parent.is_dir():
+        parser.error(f"--json {given.json}: there is no folder {given.json.absolute().parent}")
+    on_cpu = args.device == "cpu"
+    given.card = None if on_cpu or (given.memory and not given.card) else CARDS[given.card or "h100"]
+    given.memory = given.memory or (_memory_here() if on_cpu else given.card.memory)
     return given, args
 
 
-def room(memory):
+def _memory_here():
+    """GB of this machine; where it does not say, 16."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    except (AttributeError, ValueError):
+        return 16
+
+
+def room(memory: float) -> int:
     """Bytes for tensors on a card of so many GB."""
     return int(GIB * (memory * (1 - SPARE) - CONTEXT))
 
@@ -121,7 +134,7 @@ def _reach(one, other, most):
     return one.batch + math.floor((most - one.peak) / slope)
 
 
-def figures(args, name, given):
+def figures(args: Namespace, name: str, given: Namespace) -> tuple[dict[str, Any], int] | None:
     """(what --json holds of a precision, the largest batch where passes are added up, if one pass does not fit).
 
     None if the card has no units for the precision.
@@ -170,7 +183,7 @@ def _rates(card, name, tf32):
     return rate
 
 
-def ways(args, given, asked, known):
+def ways(args: Namespace, given: Namespace, asked: str, known: dict[str, Any]) -> list[str]:
     """Flags with which a step fits that does not as asked, the least costly first. known: figures by precision."""
     total = args.global_batch_size // given.ranks
     half = "bf16" if known["bf16"] else "fp16"
@@ -180,7 +193,7 @@ def ways(args, given, asked, known):
         tried += [(half, {"grad_checkpointing": True})]
     found = {}
     for name, more in tried:
-        settled = argparse.Namespace(**{**vars(args), **more})
+        settled = Namespace(**{**vars(args), **more})
         taken, beside = figures(settled, name, given) if more else known[name]
         if taken["peak"] <= room(given.memory):
             passes = args.grad_accum_steps
@@ -194,7 +207,7 @@ def ways(args, given, asked, known):
     return list(found)
 
 
-def as_text(known):
+def as_text(known: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     titles = ["GiB", *PARTS, "peak", "largest batch", "bytes a token and channel", "products", "memory", "kernels"]
     rows = []
@@ -210,7 +223,7 @@ def as_text(known):
     return table(titles, rows)
 
 
-def verdict(args, given, known):
+def verdict(args: Namespace, given: Namespace, known: dict[str, Any]) -> str:
     """Whether the step fits as it was asked for, and if not, what would make it."""
     asked = precision.name_of(args)
     if not known[asked]:
@@ -220,12 +233,11 @@ def verdict(args, given, known):
     if peak <= most:
         return f"It fits: {of}."
     found = ways(args, given, asked, known)
-    return f"It does not fit: {of}. " + (f"What fits: {'; '.join(found)}." if found else less(known[asked][0]))
-
-
-def less(taken):
-    lasting = sum(taken[part] for part in ("weights", "gradients", "moments", "ema"))
-    return f"No flag helps: weights, gradients, moments and averages alone are {lasting / GIB:.1f} GiB."
+    if found:
+        return f"It does not fit: {of}. What fits: {'; '.join(found)}."
+    lasting = sum(known[asked][0][part] for part in ("weights", "gradients", "moments", "ema"))
+    lasting_of = f"weights, gradients, moments and averages alone are {lasting / GIB:.1f} GiB"
+    return f"It does not fit: {of}, and neither does less of it: {lasting_of}."
 
 
 def notes(args, given):
@@ -263,10 +275,10 @@ def largest_batches(tell):
                 _, args = parse_args([*words, *checkpointing])
                 with rehearsal(args, name) as run:
                     search = Search(run)
-                    search.step(8), search.step(16)
+                    search.step(8), search.step(16)  # to begin with
                     largest = {memory: search.largest(room(memory)) for memory in reversed(TABLE_MEMORY)}
                     found.append([largest[memory] for memory in TABLE_MEMORY])
-            rows.append([model, name.upper(), *(f"{plain} / {less}" for plain, less in zip(*found, strict=True))])
+            rows.append([model, name.upper(), *(f"{plain} / {other}" for plain, other in zip(*found, strict=True))])
             tell(" ".join(map(str, rows[-1])))
     return table(["model", "", *(f"{memory} GB" for memory in TABLE_MEMORY)], rows)
 

@@ -220,7 +220,15 @@ def test_the_table_has_a_row_for_each_model_and_precision(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--card h1000", "--memory 0", "--global-batch-size 5 --ranks 2", "--device cuda:1", "--image-size 20"]
+    "flags",
+    [
+        "--card h1000",
+        "--memory 0",
+        "--global-batch-size 5 --ranks 2",
+        "--device cuda:1",
+        "--json nowhere/x",
+        "--image-size 20",
+    ],
 )
 def test_bad_arguments_are_one_line(run_script, flags):
     result = run_script("estimate", *flags.split())
