@@ -7,12 +7,14 @@ Takes train.py's flags, and needs neither data nor GPU nor network. The step of 
 and what it holds, starts and moves is counted (see rehearsal.py); with --device cpu, as it runs on a CPU.
 """
 
-import argparse
 import json
 import math
+import os
 import sys
+from argparse import Namespace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,12 +33,13 @@ TABLE_MODELS = {
     **{f"EqM-{size}/4, clips": ["--model", f"EqM-{size}/4", "--video", "--clip-len", "4"] for size in ("S", "B")},
 }
 TABLE_MEMORY = (8, 12, 16, 24, 48, 80)  # GB
+RECOMPUTING = {"recompute": "--recompute elementwise", "grad_checkpointing": "--grad-checkpointing"}
 SECONDS = ("product_seconds", "memory_seconds")
 NO_PLACE = "no cache"  # stands for a folder of latents where none was named
 AMPERE = (8, 0)  # what a card of which only the memory is known is taken for
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Namespace]:
     """(own flags, train.py's), of which none has to say where data is."""
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.usage = "python -m EqM.measure.estimate [--card CARD | --memory GB] [--ranks N] [flags of train.py]"
@@ -53,18 +56,29 @@ def parse_args(argv=None):
     args.num_classes = args.num_classes or architecture.MODEL_DEFAULTS["num_classes"]
     if args.device not in (None, "cuda", "cpu"):
         parser.error(f"--device {args.device}: steps are counted for cuda, the default, or cpu")
-    given.card = CARDS[given.card or "h100"] if given.card or not given.memory else None
-    given.memory = given.memory or given.card.memory
+    if given.json and not given.json.absolute().parent.is_dir():
+        parser.error(f"--json {given.json}: there is no folder {given.json.absolute().parent}")
+    on_cpu = args.device == "cpu"
+    given.card = None if on_cpu or (given.memory and not given.card) else CARDS[given.card or "h100"]
+    given.memory = given.memory or (_memory_here() if on_cpu else given.card.memory)
     return given, args
 
 
-def room(memory):
+def _memory_here():
+    """GB of this machine; where it does not say, 16."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    except (AttributeError, ValueError):
+        return 16
+
+
+def room(memory: float) -> int:
     """Bytes for tensors on a card of so many GB."""
     return int(GIB * (memory * (1 - SPARE) - CONTEXT))
 
 
 class Search:
-    """Largest batches of a Run, each counted. Its peak is taken to be convex in the batch.
+    """Largest batches of a Run, each counted or held from both sides. Its peak is taken to be convex in the batch.
 
     (What rules a large batch grows evenly with it; what rules a small one, the optimizer's step say, does not grow.)
     """
@@ -83,17 +97,25 @@ class Search:
         """Largest batch with a peak of at most so many bytes; 0 if there is none. Two must have been counted."""
         while True:
             fit, over = self._sides(most)
-            if not fit and over[0].batch == 1:
-                return 0
+            if not fit and (over[0].batch == 1 or over[1].peak <= over[0].peak):
+                return 0  # what is too large does not grow with the batch
             if not fit:  # a line through two that are too large does not fall below the largest
                 self.step(max(1, min(over[0].batch - 1, _reach(over[1], over[0], most))))
                 continue
             last = fit[-1].batch
-            top = _reach(fit[-2], fit[-1], most) if len(fit) > 1 else 4 * last  # nor does one through two that fit
-            top = min(top, over[0].batch - 1) if over else top
+            top = over[0].batch - 1 if over else math.inf
+            if len(fit) > 1 and fit[-1].peak > fit[-2].peak:  # nor does one through two that fit rise too fast
+                top = min(top, _reach(fit[-2], fit[-1], most))
             if top == last:
                 return last
-            self.step(min(top, max(last + 1, _reach(fit[-1], over[0], most))) if over else min(top, 16 * last))
+            if over:
+                least = _reach(fit[-1], over[0], most)  # a line between the two is above all peaks there
+                if least == top:
+                    return top
+                guess = max(last + 1, least)
+            else:
+                guess = max(2 * last, _reach(fit[-2], fit[-1], most)) if len(fit) > 1 else 2 * last
+            self.step(min(top, guess))
 
     def _sides(self, most):
         """Steps that fit, and those that do not, by batch."""
@@ -102,12 +124,17 @@ class Search:
 
 
 def _reach(one, other, most):
-    """The batch at which the line through two steps' peaks reaches so many bytes; far off, where it does not rise."""
+    """The batch at which the line through two steps' peaks reaches so many bytes.
+
+    Where peaks do not rise yet, activations say how far it may be.
+    """
     slope = (other.peak - one.peak) / (other.batch - one.batch)
-    return one.batch + math.floor((most - one.peak) / slope) if slope > 0 else 2 * max(one.batch, other.batch)
+    if slope <= 0:
+        slope = (other.parts["activations"] - one.parts["activations"]) / (other.batch - one.batch)
+    return one.batch + math.floor((most - one.peak) / slope)
 
 
-def figures(args, name, given):
+def figures(args: Namespace, name: str, given: Namespace) -> tuple[dict[str, Any], int] | None:
     """(what --json holds of a precision, the largest batch where passes are added up, if one pass does not fit).
 
     None if the card has no units for the precision.
@@ -116,7 +143,8 @@ def figures(args, name, given):
     if card and name != "fp32" and getattr(card, name) is None:
         return None
     batch = loader.micro_batch_size(args, Ranks(0, given.ranks, None))
-    with rehearsal(args, name, card.capability if card else AMPERE) as run:
+    shards = (args.shard_size or given.ranks) if given.ranks > 1 and getattr(args, "shard", False) else 1
+    with rehearsal(args, name, card.capability if card else AMPERE, shards) as run:
         search = Search(run, min(passes, 2))
         step, other = search.step(batch), search.step(batch // 2 or 2)
         largest = search.largest(room(given.memory))
@@ -155,30 +183,31 @@ def _rates(card, name, tf32):
     return rate
 
 
-def ways(args, given, asked, known):
+def ways(args: Namespace, given: Namespace, asked: str, known: dict[str, Any]) -> list[str]:
     """Flags with which a step fits that does not as asked, the least costly first. known: figures by precision."""
     total = args.global_batch_size // given.ranks
     half = "bf16" if known["bf16"] else "fp16"
-    tried = [(asked, args.grad_checkpointing), (half, args.grad_checkpointing)]
-    tried += [(half, True)] if args.ebm == "none" else []
+    tried = [(asked, {}), (half, {})]
+    if args.ebm == "none" and not args.grad_checkpointing:  # the others cannot be recomputed, or are
+        tried[1:1] = [(asked, {"recompute": "elementwise"})] if asked == "fp32" and not args.recompute else []
+        tried += [(half, {"grad_checkpointing": True})]
     found = {}
-    for name, checkpointing in tried:
-        same = checkpointing == args.grad_checkpointing
-        settled = argparse.Namespace(**{**vars(args), "grad_checkpointing": checkpointing})
-        taken, beside = known[name] if same else figures(settled, name, given)
+    for name, more in tried:
+        settled = Namespace(**{**vars(args), **more})
+        taken, beside = figures(settled, name, given) if more else known[name]
         if taken["peak"] <= room(given.memory):
             passes = args.grad_accum_steps
         else:
             fitting = (k for k in range(args.grad_accum_steps + 1, total + 1) if not total % k and total // k <= beside)
             passes = next(fitting, None)
         if passes:
-            words = [*precision.FLAGS[name], *(["--grad-checkpointing"] if checkpointing else [])]
+            words = [*precision.FLAGS[name], *(RECOMPUTING[flag] for flag in more)]
             words += ["--grad-accum-steps", str(passes)] if passes > 1 else []
             found[" ".join(words)] = None
     return list(found)
 
 
-def as_text(known):
+def as_text(known: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     titles = ["GiB", *PARTS, "peak", "largest batch", "bytes a token and channel", "products", "memory", "kernels"]
     rows = []
@@ -194,7 +223,7 @@ def as_text(known):
     return table(titles, rows)
 
 
-def verdict(args, given, known):
+def verdict(args: Namespace, given: Namespace, known: dict[str, Any]) -> str:
     """Whether the step fits as it was asked for, and if not, what would make it."""
     asked = precision.name_of(args)
     if not known[asked]:
@@ -204,12 +233,11 @@ def verdict(args, given, known):
     if peak <= most:
         return f"It fits: {of}."
     found = ways(args, given, asked, known)
-    return f"It does not fit: {of}. " + (f"What fits: {'; '.join(found)}." if found else less(known[asked][0]))
-
-
-def less(taken):
-    lasting = sum(taken[part] for part in ("weights", "gradients", "moments", "ema"))
-    return f"No flag helps: weights, gradients, moments and averages alone are {lasting / GIB:.1f} GiB."
+    if found:
+        return f"It does not fit: {of}. What fits: {'; '.join(found)}."
+    lasting = sum(known[asked][0][part] for part in ("weights", "gradients", "moments", "ema"))
+    lasting_of = f"weights, gradients, moments and averages alone are {lasting / GIB:.1f} GiB"
+    return f"It does not fit: {of}, and neither does less of it: {lasting_of}."
 
 
 def notes(args, given):
@@ -230,6 +258,8 @@ def notes(args, given):
         lines.append("This PyTorch has no CUDA: a card's kernels are counted on CPU tensors; encoding is approximate.")
     if args.compile:
         lines.append("--compile is not counted: it fuses what is not a product, so that kernels and bytes are fewer.")
+    if getattr(args, "shard", False):
+        lines.append("Shares of --shard are by arithmetic, with two blocks whole at a time; sending is not counted.")
     if args.latents == NO_PLACE:
         lines.append("Latents come from a cache; with --data-path DIR, which need not exist, encoding is counted.")
     return lines
@@ -245,9 +275,10 @@ def largest_batches(tell):
                 _, args = parse_args([*words, *checkpointing])
                 with rehearsal(args, name) as run:
                     search = Search(run)
-                    search.step(8), search.step(16)
-                    found.append([search.largest(room(memory)) for memory in TABLE_MEMORY])
-            rows.append([model, name.upper(), *(f"{plain} / {less}" for plain, less in zip(*found, strict=True))])
+                    search.step(8), search.step(16)  # to begin with
+                    largest = {memory: search.largest(room(memory)) for memory in reversed(TABLE_MEMORY)}
+                    found.append([largest[memory] for memory in TABLE_MEMORY])
+            rows.append([model, name.upper(), *(f"{plain} / {other}" for plain, other in zip(*found, strict=True))])
             tell(" ".join(map(str, rows[-1])))
     return table(["model", "", *(f"{memory} GB" for memory in TABLE_MEMORY)], rows)
 

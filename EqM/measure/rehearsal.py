@@ -1,8 +1,8 @@
 """A training run rehearsed on tensors without values, to count what its steps hold, start and move.
 
 It is train.py's own step (`Trainer.step`), inputs drawn from a latent cache or encoded on the way, with the fused
-optimizer, averages and all, and one update of `--sample-every`. Left out are `--compile`, several ranks, and data
-loading, which is the host's.
+optimizer, averages and all, and one update of `--sample-every`. Left out are `--compile`, what ranks send each other,
+and data loading, which is the host's.
 """
 
 import argparse
@@ -41,9 +41,10 @@ class Step:
 
 
 @contextmanager
-def rehearsal(args, name, capability=(8, 0)):
+def rehearsal(args, name, capability=(8, 0), shards=1):
     """A Run of train.py's settled args in a precision: on a card of this compute capability, or with --device cpu.
 
+    shards: over how many ranks --shard splits the network.
     Raises UserError as precision.activate.
     """
     on_card = args.device != "cpu"
@@ -62,14 +63,15 @@ def rehearsal(args, name, capability=(8, 0)):
     with fakes, count:
         stand_in = on_card and device.type == "cpu"
         run_in = Precision(name, device, "") if stand_in else precision.activate(name, device, tf32=not args.no_tf32)
-        yield Run(argparse.Namespace(**vars(args)), run_in, count)
+        yield Run(argparse.Namespace(**vars(args)), run_in, count, shards)
 
 
 class Run:
     """Call it with the size of a forward pass, and how many make a step: the Step it takes."""
 
-    def __init__(self, args, run_in, count):
+    def __init__(self, args, run_in, count, shards=1):
         self.args = args
+        self.shards = shards
         self.count = count
         self.device = run_in.device
         with self._for("autoencoder"):
@@ -112,7 +114,22 @@ class Run:
         if self.preview:  # it follows a step, and is none
             pipe, settings = self.preview.pipe, {"num_sampling_steps": 2, "cfg_scale": self.args.cfg_scale}
             pipe.decode(pipe.descend(self.preview.noise, self.preview.labels, **settings))
-        return Step(batch, count.peak, {part: count.most[part] for part in PARTS}, *taken)
+        parts, peak = {part: count.most[part] for part in PARTS}, count.peak
+        if self.shards > 1:
+            parts, peak = self._share(parts, peak, passes)
+        return Step(batch, peak, parts, *taken)
+
+    def _share(self, parts, peak, passes):
+        """A rank's share of parts that --shard splits, by arithmetic: no second rank is here to rehearse with.
+
+        Two blocks are whole at a time, one that runs and one that is fetched ahead, and so is what is no block's.
+        """
+        sizes = [sum(p.numel() * p.itemsize for p in block.parameters()) for block in self.model.blocks]
+        whole = 2 * sizes[0] + parts["weights"] - sum(sizes)
+        split = {part: parts[part] // self.shards for part in ("weights", "gradients", "moments", "ema")}
+        standing = [part for part in split if part != "gradients" or passes > 1]
+        peak += whole - sum(parts[part] - split[part] for part in standing)
+        return {**parts, **split, "activations": parts["activations"] + whole}, peak
 
     def _stream(self, batch):
         """As loader.batches gives them, but for the host's part."""
