@@ -14,8 +14,8 @@ def add_flags(parser):
     add_compile(parser)
     parser.add_argument(
         "--recompute", choices=("elementwise", "nothing"),
-        help="what the backward pass computes again instead of keeping it: norms, modulation, GELU and casts, which "
-        "changes no result, or nothing; left out: elementwise in 16 bits, nothing in FP32",
+        help="what the backward pass computes again instead of keeping it: norms, modulation, GELU and casts, or "
+        "nothing; left out: elementwise in 16 bits, nothing in FP32",
     )  # fmt: skip
     parser.add_argument(
         "--grad-checkpointing",

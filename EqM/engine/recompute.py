@@ -11,9 +11,10 @@ bytes per token and channel,
     | both products of the MLP                                               | 8 + 2     | 16 + 4     |
     | all                                                                    | 28        | 48         |
 
-where autograd keeps 48 and 80. Every operation is the one that autocast and autograd would do, on the same operands, so
-that outputs and gradients are equal to the bit. Launches are saved as well: a block's weights are cast in one, and so
-are their gradients, and activations are cast by the operation that makes them.
+where autograd keeps 48 and 80. Every operation is the one that autocast and autograd would do, on the same operands: on
+a CPU outputs and gradients are equal to the bit; a GPU may sum the gradients of shift, scale and gate in another order.
+Launches are saved as well: a block's weights are cast in one, and so are their gradients, and activations are cast by
+the operation that makes them.
 
 Letters: N batch, L tokens, D hidden size.
 """
