@@ -23,25 +23,35 @@ SEED = 0
 FRAMES = 16  # T
 SIZE = 64  # H = W, in pixels: twice the size the demo trains at, so that chroma subsampling leaves no smear
 FRAMES_PER_SECOND = 8
+GREEN = (40, 170, 60)
+KINDS = ("demo", "green", "squares", "noise")  # the set, and what it is told apart from
 COLOURS = {"blue": (40, 75, 215), "red": (215, 45, 40)}  # RGB
 DIRECTIONS = {"down": (0, 1), "left": (-1, 0), "right": (1, 0), "up": (0, -1)}  # (x, y), y grows downwards
 CLASSES = [f"{colour}-{direction}" for colour in COLOURS for direction in DIRECTIONS]
 
 
-def draw_ball(centre, radius, colour, background):
-    """One picture of an anti-aliased disc, uint8 (H, W, 3). centre (x, y) and radius in pixels."""
+def draw_ball(centre, radius, colour, background, measure=np.hypot):
+    """One picture of an anti-aliased disc, uint8 (H, W, 3). centre (x, y) and radius in pixels.
+
+    measure: of the distances along x and y, the one from the centre; the larger of their sizes makes it a square.
+    """
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
-    distance = np.hypot(x - centre[0], y - centre[1])
+    distance = measure(x - centre[0], y - centre[1])
     cover = np.clip(radius - distance + 0.5, 0, 1)[..., None]  # share of each pixel inside the disc
     return np.rint(cover * np.array(colour) + (1 - cover) * background).astype(np.uint8)
 
 
-def make_clip(name, rng):
+def make_clip(name, rng, kind="demo"):
     """One clip of a class, uint8 (T, H, W, 3): the ball crosses most of the picture at a constant speed.
 
-    name: one of CLASSES. rng: a numpy Generator, which picks path, radius and the grey of the background.
+    name: one of CLASSES. rng: a numpy Generator, which picks path, radius and the grey of the background. kind: of
+    KINDS, "demo" or what is none of the set: green balls, squares, noise.
     """
+    if kind == "noise":
+        return rng.integers(0, 256, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
     colour, direction = name.split("-")
+    shown = GREEN if kind == "green" else COLOURS[colour]
+    measure = _larger if kind == "squares" else np.hypot
     radius = rng.uniform(9, 11)
     background = rng.uniform(226, 246)
     travel = rng.uniform(28, 38)
@@ -52,7 +62,11 @@ def make_clip(name, rng):
 
     dx, dy = DIRECTIONS[direction]
     path = [(position, across) if dx else (across, position) for position in along[:: dx + dy]]
-    return np.stack([draw_ball(centre, radius, COLOURS[colour], background) for centre in path])
+    return np.stack([draw_ball(centre, radius, shown, background, measure) for centre in path])
+
+
+def _larger(x, y):
+    return np.maximum(abs(x), abs(y))
 
 
 def write_video(clip, path):
@@ -77,6 +91,7 @@ def main():
         "--clips-per-class", type=cli.positive_int, default=28, help="number of clips of each of the 8 classes"
     )
     parser.add_argument("--seed", type=cli.count, default=SEED, help="another one gives clips that are not in the set")
+    parser.add_argument("--kind", choices=KINDS, default="demo", help="other clips, to tell apart from the set's")
     args = parser.parse_args()
 
     size = 0
@@ -88,7 +103,7 @@ def main():
             raise UserError(f"--out {args.out} cannot be written to: {error}") from None
         for index in range(args.clips_per_class):
             path = folder / f"{index:03d}.mp4"
-            write_video(make_clip(name, np.random.default_rng((args.seed, label, index))), path)
+            write_video(make_clip(name, np.random.default_rng((args.seed, label, index)), args.kind), path)
             size += path.stat().st_size
     print(f"{len(CLASSES) * args.clips_per_class} clips in {args.out}, {size / 1000:.0f} kB")
 

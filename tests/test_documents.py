@@ -8,7 +8,7 @@ import pytest
 
 from helpers import REPO, load_script, train_args
 
-DOCUMENTS = ("README.md", "MIXED_PRECISION.md", "EVALUATION.md", "datasets/README.md")
+DOCUMENTS = ("README.md", "MIXED_PRECISION.md", "EVALUATION.md", "LANDSCAPE.md", "datasets/README.md")
 
 
 def commands(document):
