@@ -55,7 +55,8 @@ def _keeping_products(graph, inputs):
     """PyTorch's compiler, told to keep no more than it must without computing a product twice.
 
     Left alone it keeps, of what it could compute again, the results of long chains of operations: 36 bytes per token
-    and channel of a block in BF16 instead of 24. Anything a little under 1 makes it give up these and nothing else.
+    and channel of a block in BF16 instead of 24. A little under 1 makes it give up these and no product. (Where tokens
+    are so few that a block's weights outweigh its activations, it may find less to give up.)
     """
     with torch._functorch.config.patch(activation_memory_budget=0.95):
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
