@@ -50,6 +50,7 @@ def test_every_command_of_mixed_precision_runs(run_script, image_folder, trained
         "EqM/sample_gd.py": ["--folder", tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 3],
         "EqM.measure.precision_error": ["--out", tmp_path / "errors.md", "--batch-size", 2, "--num-sampling-steps", 3],
         "EqM.measure.benchmark": [*SMALL.split(), "--out", tmp_path / "out"],
+        "EqM.measure.estimate": ["--model", "EqM-T/4", "--global-batch-size", 2],
     }[script]
     result = run_script(name_of(script), *argv, *tiny, "--device", "cpu")
     assert result.code == 0, result.err
