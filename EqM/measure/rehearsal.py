@@ -15,12 +15,14 @@ import torch
 
 from EqM import architecture
 from EqM.data import autoencoder as autoencoders
+from EqM.data.geometry import from_hub, geometry
 from EqM.engine import precision, prepare
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.measure import contenders
 from EqM.measure.counting import Count
 from EqM.measure.fake_cuda import CUDA, fake_cuda, fake_tensors, like_cuda
+from EqM.run.hub import is_hub_name
 from EqM.watch.preview import Preview
 
 PARTS = ("weights", "gradients", "moments", "ema", "activations", "autoencoder")
@@ -166,6 +168,12 @@ def build_autoencoder(name, run_in):
     with run_in.device:
         if name in autoencoders.PUBLISHED:
             return contenders.stable_diffusion_vae(run_in)
-        from diffusers import AutoencoderKL
+        import diffusers
 
-        return autoencoders.VAE(AutoencoderKL.from_config(AutoencoderKL.load_config(name)), run_in, scale=1.0)
+        kind = getattr(diffusers, geometry(name).kind)
+
+        def config(place, folder, local_files_only):
+            return kind.load_config(place, subfolder=folder, local_files_only=local_files_only)
+
+        found = from_hub(config, name) if is_hub_name(name) else config(name, None, True)
+        return autoencoders.VAE(kind.from_config(found), run_in)
