@@ -22,6 +22,7 @@ SILENT = {  # no view, and no kernel either
     aten.is_non_overlapping_and_dense.default,
 }  # fmt: skip
 FILLS = {"fill_", "zero_", "copy_", "normal_", "uniform_", "random_"}  # write what they are given without reading it
+FUSED = ("_fused_adamw_", "_fused_sgd_")
 GATHERS = {"embedding", "gather", "index", "index_select"}  # read as much as they write
 # What one launch of a multi-tensor kernel takes (MultiTensorApply.cuh): tensors of each list, by the number of lists;
 # blocks; elements of a block.
@@ -126,7 +127,7 @@ def traffic(func, name, args, kwargs, made):
     for argument, value in given:
         tensors = [tensor for tensor in tree_leaves(value) if isinstance(tensor, torch.Tensor)]
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes and not (name == "_fused_adamw_" and argument.name == "grads"):  # which only a scaler's are
+        if writes and not (name in FUSED and argument.name == "grads"):  # which only a scaler's are
             written += tensors
         if not (writes and name in FILLS):
             read += tensors
@@ -145,7 +146,7 @@ def launches(name, args):
     lists = [each for each in args if isinstance(each, (list, tuple)) and each and isinstance(each[0], torch.Tensor)]
     if not lists or not name.startswith(("_foreach", "_fused", "_amp_foreach")):
         return 1
-    if name == "_fused_adamw_":
+    if name in FUSED:
         lists = lists[:4]  # the steps' counts travel beside them
     if any(a.shape != b.shape for each in lists[1:] for a, b in zip(lists[0], each, strict=True)):
         return len(lists[0])

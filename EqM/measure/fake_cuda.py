@@ -105,10 +105,16 @@ class _NoDriver(FakeTensorMode):
         return self  # a copied tensor is of the same mode
 
     def dispatch(self, func, types, args=(), kwargs=None):
-        if func in (aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr):  # PyTorch has no fake of the second
-            _check_devices(func, args[:5])
+        if func in FUSED:
+            _check_devices(func, args[: FUSED[func]])
             return None  # it works in place
         return super().dispatch(func, types, args, kwargs)
+
+
+# How many lists of tensors come first. PyTorch has no fake of those whose rate is a tensor.
+FUSED = {
+    aten._fused_adamw_.default: 5, aten._fused_adamw_.tensor_lr: 5, aten._fused_sgd_.tensor_lr: 3,
+}  # fmt: skip
 
 
 def _check_devices(func, lists):
