@@ -74,6 +74,18 @@ def save_checkpoint(path, args, seed=0, names=NAMES):
     return path
 
 
+class TinyNetwork:
+    """In Inception's place: colours and contrast of an image."""
+
+    digest, batch, sizes, device = "tiny", 4, (4, 3), torch.device("cpu")
+    weight = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, images):
+        x = images.float().flatten(1, 2) / 255
+        colours = x.mean(1)
+        return torch.cat([colours, x.std(dim=(1, 2))[:, None]], 1), colours
+
+
 def leaves(tree):
     return torch.utils._pytree.tree_leaves_with_path(tree)
 

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from EqM.engine import ema
 from EqM.measure import backward
 
 aten = torch.ops.aten
@@ -91,6 +92,7 @@ def like_cuda(capability, on_gradient=lambda parameter: None):
     border = Border(capability, strict=False, card="cpu")
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", border.attention),
+        mock.patch("EqM.engine.ema._lerp", ema._fused_lerp),
         mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
         fake_tensors(on_gradient),
         border,

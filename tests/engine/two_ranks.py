@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from EqM import preview, train
+from EqM import train
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.models import EqM
 from EqM.run import checkpoint, distributed, parts, saving, seeds
 from EqM.run.errors import UserError
 from EqM.run.log import RunLog
+from EqM.watch import preview
 from helpers import leaves, train_args
 
 STEPS = 20

@@ -23,6 +23,7 @@ from EqM.metrics import features
 from EqM.models import EqM_models
 from EqM.run.errors import UserError
 from EqM.transport import Transport
+from helpers import TinyNetwork
 
 CPU = torch.device("cpu")
 TINY = "--vae none --image-size 8 --model EqM-T/4 --global-batch-size 4 --num-workers 0 --ema-decay .5 --lr .01".split()  # noqa: SIM905
@@ -182,16 +183,6 @@ def test_fp16_training_stalls_without_scaling_and_goes_on_with_it():
     moved, _ = steps("fp16", scaled=True)
     assert torch.cosine_similarity(moved, expected, dim=0) > 0.95
     assert moved.norm() == pytest.approx(expected.norm().item(), rel=0.1)
-
-
-class TinyNetwork:
-    """In Inception's place: colours of an image."""
-
-    digest, batch, sizes, weight = "tiny", 4, (3, 3), torch.eye(3)
-
-    def __call__(self, images):
-        colours = images.float().flatten(1, 2).mean(1)
-        return colours, colours
 
 
 class Asked:

@@ -15,21 +15,9 @@ from EqM.metrics.sources import Drawn
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
 from EqM.watch import quality
-from helpers import assert_same_checkpoint, train_args
+from helpers import TinyNetwork, assert_same_checkpoint, train_args
 
 RANKS = distributed.Ranks(0, 1, torch.device("cpu"))
-
-
-class TinyNetwork:
-    """In Inception's place: colours and contrasts of an image."""
-
-    digest, batch, sizes = "tiny", 4, (4, 3)
-    weight = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-
-    def __call__(self, images):
-        x = images.float().flatten(1, 2) / 255
-        colours = x.mean(1)
-        return torch.cat([colours, x.std(dim=(1, 2))[:, None]], 1), colours
 
 
 @pytest.fixture(autouse=True)
