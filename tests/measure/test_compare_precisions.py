@@ -229,27 +229,17 @@ def test_a_comparison_writes_every_file_and_goes_on_where_it_was(
     run_script, in_process, image_folder, tmp_path, monkeypatch
 ):
     out = tmp_path / "compare"
-    tiny = SimpleNamespace(inception=TinyNetwork(), motion=None, told=lambda: {"digest": "tiny", "published": False})
-    monkeypatch.setattr(features, "load", lambda *given, **more: tiny)
-    (tmp_path / "reference").mkdir()
-    for i, grey in enumerate((0, 60, 200)):
-        Image.new("RGB", (8, 8), (grey, 90, 255 - grey)).save(tmp_path / "reference" / f"{i}.png")
     ours = [
         "--out", out, "--steps", 6, "--seeds", 2, "--num-samples", 3, "--num-sampling-steps", 3, "--stepsize", 0.5,
-        "--device", "cpu", "--reference", tmp_path / "reference",
+        "--device", "cpu",
     ]  # fmt: skip
-    held_out = ["--val-path", image_folder, "--val-every", 3]
-    result = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY, *held_out)
+    result = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY)
     assert result.code == 0, result.err
     assert [name for name in FILES if not (out / name).exists()] == []
     assert in_process.count("EqM.train") == 7 and in_process.count("EqM.sample_gd") == 18
     report = (out / "report.md").read_text()
     assert "| trained in | sampled in FP32 | sampled in BF16 | sampled in FP16 |" in report
     assert all(f"| {name} | " in report for name in ("FP32", "BF16", "FP16")) and report.count(" dB (worst ") > 3
-    assert report.count("; FID ") + report.count("| FID ") == 9 and "against " + str(tmp_path / "reference") in report
-    judged = [compare_precisions.judged(Asked(out), "bf16", "fp16", [seed]) for seed in (0, 1)]
-    assert f"FID {np.mean([figures for _, (figures,) in judged]):.2f} ± " in report
-    assert "held-out loss (EMA)" in report and in_process.count("EqM.evaluate") == 18
     assert "show their class" not in report, "no class score but of the demo set"
     assert "Relative error against FP64" in report and "| step 5, unscaled | " in report and "nan" not in report
     with open(out / "history.csv", newline="") as file:
@@ -262,11 +252,37 @@ def test_a_comparison_writes_every_file_and_goes_on_where_it_was(
     assert fp32[0]["Train Loss"] != fp32[6]["Train Loss"], "of another seed"
 
     in_process.clear()
-    assert run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY, *held_out).code == 0
-    assert "EqM.train" not in in_process and "EqM.evaluate" not in in_process
+    monkeypatch.setattr(precision_error, "main", lambda: None)  # which is done anew each time
+    assert run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY).code == 0
+    assert "EqM.train" not in in_process
     ours[3] = 7
-    other = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY, *held_out)
+    other = run_script("compare_precisions", *ours, "--", "--data-path", image_folder, *TINY)
     assert other.code == 2 and "holds another comparison (steps differ)" in other.err
+
+
+def test_cells_are_judged_against_a_reference_and_held_out_loss_is_told(
+    run_script, in_process, image_folder, tmp_path, monkeypatch
+):
+    tiny = SimpleNamespace(inception=TinyNetwork(), motion=None, told=lambda: {"digest": "tiny", "published": False})
+    monkeypatch.setattr(features, "load", lambda *given, **more: tiny)
+    (tmp_path / "reference").mkdir()
+    for i, grey in enumerate((0, 60, 200)):
+        Image.new("RGB", (8, 8), (grey, 90, 255 - grey)).save(tmp_path / "reference" / f"{i}.png")
+    ours = [
+        "--out", tmp_path / "out", "--steps", 5, "--seeds", 2, "--num-samples", 3, "--num-sampling-steps", 3,
+        "--stepsize", 0.5, "--device", "cpu", "--reference", tmp_path / "reference", "--precisions", "fp32",
+    ]  # fmt: skip
+    words = [*ours, "--", "--data-path", image_folder, *TINY, "--val-path", image_folder, "--val-every", 5]
+    monkeypatch.setattr(precision_error, "main", lambda: (tmp_path / "out/precision_error.md").write_text("errors"))
+    assert run_script("compare_precisions", *words).code == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    name, figures = compare_precisions.judged(Asked(tmp_path / "out"), "fp32", "fp32", [0, 1])
+    assert f"| FP32 | {name} {np.mean(figures):.2f} ± " in report and f"against {tmp_path / 'reference'}" in report
+    with open(next((tmp_path / "out/runs/fp32-seed1-5steps").glob("*/metrics.csv")), newline="") as file:
+        assert float(list(csv.DictReader(file))[-1]["EMA Val Loss"]) > 0
+    assert "held-out loss (EMA)" in report and in_process.count("EqM.evaluate") == 2
+    in_process.clear()
+    assert run_script("compare_precisions", *words).code == 0 and "EqM.evaluate" not in in_process
 
 
 def test_the_demo_is_the_default_and_its_commands_are_good(monkeypatch, tmp_path):
