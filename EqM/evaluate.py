@@ -117,7 +117,7 @@ def judged(args, run_in, vae_in, tell):
     if args.samples:
         yield "samples", sources.open_source(args.samples, vae_in, args.vae, tell), {}
         return
-    paths = [path for each in args.ckpt for path in (checkpoint.all_of(each) if Path(each).is_dir() else [Path(each)])]
+    paths = [path for each in args.ckpt for path in checkpoint.all_of(each)]
     for path in paths:
         flags = argparse.Namespace(**vars(args))  # which the checkpoint fills in
         saved = checkpoint.load(path)

@@ -72,7 +72,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    source = checkpoint.newest_of(args.ckpt) if Path(args.ckpt).is_dir() else args.ckpt
+    source = checkpoint.locate(args.ckpt)
     saved = checkpoint.load(source)
     weights = checkpoint.weights_named(saved, args.weights, source)
     if Path(args.out).exists():

@@ -5,7 +5,16 @@
 It holds what the run would have saved without that flag. This process needs memory for all of it.
 """
 
+import sys
 from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not __package__:  # run by its path: import the package beside this file, whatever else is installed
+    sys.path = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
+if __name__ == "__main__":
+    from EqM.run import stops
+
+    stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
 from EqM import cli
 from EqM.run import checkpoint, parts

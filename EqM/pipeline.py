@@ -28,7 +28,7 @@ from EqM.engine import ema, precision, prepare
 from EqM.engine.precision import Precision
 from EqM.guidance import Guided
 from EqM.models import EqM
-from EqM.run import checkpoint, distributed, exported, resume, seeds
+from EqM.run import checkpoint, distributed, resume, seeds
 from EqM.run.errors import UserError
 from EqM.transport import Transport
 
@@ -95,7 +95,7 @@ class EqMPipeline:
         vae, ...), or another place of its autoencoder.
         Raises UserError if the file is no checkpoint, does not fit, or its autoencoder cannot be had.
         """
-        args, file = _flags(model_flags), _file(path)
+        args, file = _flags(model_flags), checkpoint.locate(path)
         where = distributed.device_named(str(device) if device is not None else None)
         run_in = _activate(precision, where)
         return cls.from_saved(checkpoint.load(file), file, args, run_in, weights, compile)
@@ -143,7 +143,7 @@ class EqMPipeline:
         Classes are told by name: see composition.Composition. saved: the checkpoint's content, if it is loaded.
         Returns this pipeline. Raises UserError if its latents have another shape, autoencoder or path.
         """
-        args, file = _flags(model_flags), _file(path)
+        args, file = _flags(model_flags), checkpoint.locate(path)
         saved = saved or checkpoint.load(file)
         architecture.follow_checkpoint(args, saved["args"])
         model = architecture.build_model(args)
@@ -372,10 +372,6 @@ def _flags(given: dict[str, Any]) -> Namespace:
         raise UserError(f"{', '.join(sorted(unknown))}: no such flag of a model")
     blank = dict.fromkeys(architecture.MODEL_DEFAULTS) | {"sample_eps": None, "vae_precision": "same"}
     return Namespace(**{**blank, **given})
-
-
-def _file(path: str | Path) -> str | Path:
-    return path if exported.is_export(path) or not Path(path).is_dir() else checkpoint.newest_of(path)
 
 
 def _same_latents(a: str, b: str) -> bool:

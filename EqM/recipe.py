@@ -12,7 +12,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NOT_REPEATED = ("config", "ckpt", "auto_resume")  # what a run that starts anew does without
+NOT_REPEATED = ("config", "auto_resume")  # what a run that starts anew does without
+RIVALS = ({"--data-path", "--latents"}, {"--val-path", "--val-latents"})  # besides the groups that parsers know
 
 
 def add_flag(parser):
@@ -40,10 +41,8 @@ def words(parser, argv):
     except (OSError, ValueError) as error:
         parser.error(f"--config {printable(path)} cannot be read as TOML: {reason(error)}")
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
-    rivals = [
-        {flag for action in group._group_actions for flag in action.option_strings}
-        for group in parser._mutually_exclusive_groups
-    ]
+    groups = [group._group_actions for group in parser._mutually_exclusive_groups]
+    rivals = [*RIVALS, *({flag for action in group for flag in action.option_strings} for group in groups)]
     front = []
     for key, value in table.items():
         flag = "--" + key.replace("_", "-")
@@ -72,8 +71,17 @@ def write(path, args):
     lines = ["# Repeats this run: python EqM/train.py --config " + printable(path)]
     for name, value in args.items():
         if value is not None and name not in NOT_REPEATED:
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(_line(name, value))
     try:
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _line(name, value):
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"# {name} = {printable(text)}, which TOML cannot hold: give it on the command line"
+    return f"{name} = {text}"

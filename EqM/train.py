@@ -101,8 +101,10 @@ def open_run(args, ranks, trainer, meter, dataset):
         check_trackers(args)
         folder = Path(choice.path).parents[1] if in_found_run else new_run_folder(args, trainer.transport.c_name)
         resume.lock_run(folder)
+        checkpoint.sweep(folder / "checkpoints")
         if not in_found_run:
-            recipe.write(folder / "config.toml", resume.absolute(vars(args)))
+            repeated = vars(args) if saved and not first_step else {**vars(args), "ckpt": None}
+            recipe.write(folder / "config.toml", resume.absolute(repeated))
         return RunLog(folder, args)
 
     log = distributed.on_main(ranks, open_folder, share=False) or RunLog(None, args)
@@ -159,10 +161,10 @@ def main():
     meter, clock = Meter(ranks.device), Clock()
     log, first_step, data = open_run(args, ranks, trainer, meter, dataset)
     save = Saver(args, ranks, trainer, meter, dataset, data, log)
-    looks.begin(trainer, autoencoder, log, save)
 
     stream = loader.batches(args, dataset, autoencoder, ranks, first_step, log.info)
     stop = distributed.StopRequest(ranks)
+    looks.begin(trainer, autoencoder, log, save, stop)
     left = range(first_step + 1, total_steps + 1)
     steps = progress(left, total=total_steps, initial=first_step, shown=ranks.is_main, lines=False)
     step = first_step
@@ -186,10 +188,10 @@ def main():
                 "Samples": step * args.global_batch_size,
                 "Peak GiB": peak_memory(ranks.device),
             })  # fmt: skip
-        looks(step)
         if stop.agreed():
             log.info(f"Stopping after step {step}, as the signal asked")
             break
+        looks(step)
         if step % args.ckpt_every == 0 and step < total_steps:
             save(step)
     if step > first_step:

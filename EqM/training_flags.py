@@ -82,7 +82,8 @@ def check(parser, args):
     """End with one line if the args contradict each other; settles those of the averages."""
     if (args.data_path is None) == (args.latents is None):
         parser.error("give either --data-path, to encode as you train, or --latents")
-    if args.latents and (args.csv or args.frame_interval or args.image_column or args.label_column):
+    columns = (args.image_column or args.label_column) and not args.val_path  # which may have them
+    if args.latents and (args.csv or args.frame_interval or columns):
         parser.error("--csv, --frame-interval and columns were settled when --latents was made; leave them out")
     for flag, asked in (("--grad-checkpointing", args.grad_checkpointing), ("--recompute", args.recompute)):
         if asked and asked != "nothing" and args.ebm != "none":

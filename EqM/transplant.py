@@ -5,7 +5,6 @@ predicts a second half that is dropped (`learn_sigma`), else 1. Images count as 
 """
 
 import math
-from pathlib import Path
 
 import torch
 
@@ -28,7 +27,7 @@ def load(path, model, rebuild, class_names=None, weights="ema", positions=None):
     class_names: what the run's labels mean, in order. weights: as checkpoint.weights_named. positions: see `fit`.
     Raises UserError if the file cannot be read or nothing of it fits.
     """
-    file = checkpoint.newest_of(path) if Path(path).is_dir() else path
+    file = checkpoint.locate(path, "--init-from")
     saved = checkpoint.load(file, "--init-from")
     state = checkpoint.weights_named(saved, weights, file, "--init-from")
     for name, value in state.items():

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from EqM import recipe
 from EqM import train as train_script
 from helpers import REPO, assert_same_checkpoint, train_args
 
@@ -81,3 +82,14 @@ def test_every_recipe_is_a_command_line(path, monkeypatch):
     args = train_script.parse_args(["--config", str(path), "--latents", "x"])
     for name, value in tomllib.loads(path.read_text()).items():
         assert getattr(args, name) == value
+
+
+def test_of_two_flags_that_say_one_thing_the_command_lines_counts(parsed):
+    assert parsed('data_path = "elsewhere"\nval_latents = "y"', "--val-path", "z").val_latents is None
+
+
+def test_odd_paths_are_written_so_that_they_are_read(tmp_path):
+    odd = ['a "b" \\ c', "del\x7fete", "tab\tand é", "\N{GRINNING FACE}"]
+    recipe.write(tmp_path / "config.toml", {"ckpt": odd, "val_path": "caf\udce9", "config": "x"})
+    assert tomllib.loads((tmp_path / "config.toml").read_text(encoding="utf-8")) == {"ckpt": odd}
+    assert "# val_path = " in (tmp_path / "config.toml").read_text(encoding="utf-8")

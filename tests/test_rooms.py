@@ -22,7 +22,7 @@ FLOORS = {  # each imports from lower floors alone, and within its own
     "EqM.export": 6, "EqM.gather": 6,
     "EqM.measure": 7,
 }  # fmt: skip
-COMMANDS = ("train", "sample_gd", "extract_latents", "evaluate", "score", "export")
+COMMANDS = ("train", "sample_gd", "extract_latents", "evaluate", "score", "export", "gather")
 
 
 def imports_of_ours():

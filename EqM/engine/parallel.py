@@ -22,9 +22,13 @@ def add_flags(parser):
 
 
 def check_flags(args, ranks, tell):
-    """Raise UserError unless the ranks can be split as the flags say. tell: called with a line if there is one rank."""
+    """Raise UserError unless the ranks can be split as the flags say.
+
+    tell: called with a line if there is one rank, which is as without these flags.
+    """
     if args.shard and ranks.world_size == 1:
         tell("--shard has no effect: there is one rank")
+        args.shard, args.shard_size, args.split_checkpoints = False, None, False
     if args.split_checkpoints and not args.shard:
         raise UserError("--split-checkpoints has each rank write its part of a network that --shard splits; give both")
     if args.shard_size is None:
@@ -54,6 +58,8 @@ def data_parallel(model, ranks):
 def shard(networks, ranks, size=None):
     """Split networks over the ranks, in place, from the CPU or their device. Their parameters are then other objects.
 
+    networks: the one that is trained, then its averages.
+
     size: how many ranks share one copy; None for all. A block is made whole while it runs, its conditioning apart,
     since that is called before all blocks; what is no block's stays whole from the forward to the backward pass.
     Parameters stay FP32, and gradients are averaged in FP32 after each backward pass: nothing is kept whole between
@@ -67,8 +73,9 @@ def shard(networks, ranks, size=None):
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
     for group in mesh.get_all_groups():
         distributed.wait_long(group, ranks.device)
-    for network in networks:
+    for i, network in enumerate(networks):
         for block in network.blocks:
             fully_shard(block.adaLN_modulation, mesh=mesh)
             fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        # The first is trained. Of averages no backward pass follows, and what stays whole would not see them move.
+        fully_shard(network, mesh=mesh, reshard_after_forward=None if i == 0 else True)

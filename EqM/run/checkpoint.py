@@ -39,7 +39,7 @@ def load(path, flag="--ckpt", fill=True, like=None):
     Of a checkpoint in parts (see parts.py), fill=False leaves out the values of tensors. like: a tensor of which every
     rank holds a part; each then reads its parts alone.
     """
-    path = exported.locate(path)
+    path = locate(path, flag)
     try:
         return _checked(exported.read(path) if exported.is_export(path) else _read(path, fill, like))
     except Unfit as unfit:
@@ -314,39 +314,49 @@ def _in_order(folder):
     )
 
 
-def newest_of(folder):
-    """Path of the newest checkpoint in a run folder, or in its folder of checkpoints. Raises UserError if none is."""
-    return all_of(folder)[-1]
+def locate(path, flag="--ckpt"):
+    """Where the checkpoint is that a path names: a file, parts, the newest of a run, an export here or of the hub.
 
-
-def all_of(folder):
-    """Paths of the checkpoints of a run by step, as newest_of finds them; of the one in parts that the folder is alone.
-
-    Raises UserError if there are none.
+    flag: which named it, for the message. Raises UserError if a folder holds none, or the hub does not have it.
     """
-    if parts.is_in_parts(folder):
-        return [Path(folder)]
-    of_run = _in_order(Path(folder) / "checkpoints") or _in_order(folder)
+    return all_of(path, flag)[-1]
+
+
+def all_of(path, flag="--ckpt"):
+    """All that a path names, as locate finds them: those of a run folder, or of its folder of checkpoints, by step."""
+    path = exported.fetched(path)
+    if not Path(path).is_dir() or parts.is_in_parts(path) or exported.is_export(path):
+        return [Path(path)]
+    of_run = _in_order(Path(path) / "checkpoints") or _in_order(path)
     if not of_run:
-        raise UserError(f"{folder} holds no checkpoint; give a run folder or a file")
+        raise UserError(f"{flag} {path} holds no checkpoint; give a run folder, an export or a file")
     return of_run
 
 
 def prune(folder, keep):
     """Remove all but the newest `keep` checkpoints of a run, and the best where one is known."""
-    best = _best(folder)
+    spared = best(Path(folder).parent)
     for path in _in_order(folder)[:-keep]:
-        if path.name == best:
+        if spared and path.name == spared["checkpoint"]:
             continue
         if path.is_dir():  # a kill in mid-removal must leave no checkpoint without its middle
             path = path.rename(path.with_suffix(".aside"))
         saving.remove(path)
 
 
-def _best(folder):
-    """Name of the run's best checkpoint, None if that is not known."""
+def sweep(folder):
+    """Remove what kills in the middle of a save or a removal left of checkpoints. For who has the run's lock."""
+    for kind in ("*.partial", "*.aside"):
+        for path in Path(folder).glob(kind):
+            saving.remove(path)
+
+
+def best(run):
+    """{"checkpoint", "figure", "value", "step"} of a run's best checkpoint; None if none is known, or it is gone."""
     try:
-        return json.loads((Path(folder).parent / BEST).read_text(encoding="utf-8"))["checkpoint"]
+        note = json.loads((Path(run) / BEST).read_text(encoding="utf-8"))
+        there = (Path(run) / "checkpoints" / note["checkpoint"]).exists()
+        return note if there and isinstance(note["figure"], str) and note["value"] == float(note["value"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

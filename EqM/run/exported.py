@@ -14,8 +14,8 @@ WEIGHTS, CONFIG, CARD, AUTOENCODER = "model.safetensors", "config.json", "README
 FORMAT = "EqM 1"  # raised when a reader of before would misread a folder
 
 
-def locate(path):
-    """Where a checkpoint lies: an export that is named by user/name is fetched from the hub, its cache first.
+def fetched(path):
+    """A path as it is; an export that is named by user/name is fetched from the hub, its cache first.
 
     Raises UserError if the hub does not have it, or cannot be reached.
     """

@@ -33,15 +33,18 @@ STARTS = ("init_from", "init_positions", "weights")  # of IDENTITY, what a run t
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "ema_warmup",
     "ema_std", "max_grad_norm", "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
-    "optimizer", "betas", "weight_decay", "min_lr", "shard", "shard_size",
+    "optimizer", "betas", "weight_decay", "min_lr", "shard", "shard_size", "recompute",
 )  # fmt: skip
 # Of flags that checkpoints of before do not say, what was done then. Other flags that one side does not say agree.
 BEFORE = {
     "c_schedule": "truncated", "c_start": 0.8, "c_peak": 1.0, "c_scale": 4.0,
     "optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.0, "min_lr": 0.0,
     "init_from": None, "init_positions": None, "weights": "ema", "ema_warmup": False, "ema_std": None,
+    "shard": False, "shard_size": None, "recompute": "nothing",
 }  # fmt: skip
+ON_CUDA = ("no_tf32", "recompute")  # of NUMBERS, what changes none elsewhere
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
+OTHER_PLACES = ("vae", "init_from", "val_path", "val_csv", "val_latents", "eval_reference", "inception", "i3d", "ckpt")
 HUB = "hf:"  # begins a --data-path that names a data set of Hugging Face, and no folder
 NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
@@ -59,7 +62,7 @@ def same_path(a, b):
 
 def absolute(args):
     """args with places on this machine written so that they are found from another working directory too."""
-    names = [name for name in (*PLACES, "vae", "init_from") if args.get(name) and args[name] not in NO_PLACES]
+    names = [name for name in (*PLACES, *OTHER_PLACES) if args.get(name) and args[name] not in NO_PLACES]
     places = {name: str(args[name]) for name in names}
     on_disk = {name: place for name, place in places.items() if not place.startswith(HUB) and os.path.exists(place)}
     return {**args, **{name: os.path.abspath(place) for name, place in on_disk.items()}}
@@ -124,7 +127,7 @@ def what_changed(saved, args, now, data=None):
     if "stand_in" in saved:
         changed.append(f"{saved['stand_in']} missing -> a copy of the other weights")
     same_data = _same_data(saved, data)
-    same = {*STARTS, *(PLACES if same_data else ()), *(() if now.get("device") == "cuda" else ("no_tf32",))}
+    same = {*STARTS, *(PLACES if same_data else ()), *(() if now.get("device") == "cuda" else ON_CUDA)}
     if args.get("latents"):
         same.add("vae_precision")  # nothing is encoded
     names = [name for name in (*NUMBERS, *IDENTITY) if name not in same and _differs(name, theirs, args)]
@@ -134,6 +137,8 @@ def what_changed(saved, args, now, data=None):
         changed.append(
             f"data {before} -> {after} items" if before != after else "data: names, sizes, labels or order of its items"
         )
+    if args.get("disp") and theirs.get("disp") and "recompute" not in theirs:
+        changed.append("disp: version 0.2 rounded its distances otherwise")
     changed += _other_end(saved, args, data)
     if "class_names" in saved and now.get("class_names", saved["class_names"]) != saved["class_names"]:
         changed.append("class_names: other classes, or in another order")
@@ -163,7 +168,7 @@ def _same_data(saved, data):
 
 def _differs(name, theirs, ours):
     """Whether a setting means something else there and here; see BEFORE for what one of them does not say."""
-    theirs, ours = BEFORE | theirs, BEFORE | ours
+    theirs, ours = _settled(theirs), _settled(ours)
     if name not in theirs or name not in ours:
         return False
     if name in STARTS and not ours.get("init_from"):  # nobody says how it began
@@ -185,7 +190,16 @@ def _differs(name, theirs, ours):
 
 
 def _arrow(name, before, after):
-    return f"{name} {(BEFORE | before).get(name, 'unknown')} -> {(BEFORE | after)[name]}"
+    return f"{name} {_settled(before).get(name, 'unknown')} -> {_settled(after)[name]}"
+
+
+def _settled(args):
+    """args with what they do not say, or leave to the precision."""
+    args = BEFORE | args
+    if args["recompute"] is None:
+        in_16_bits = args.get("use_bf16") or args.get("use_amp")
+        args["recompute"] = "elementwise" if in_16_bits else "nothing"
+    return args
 
 
 def going_on(path, changed):

@@ -25,7 +25,7 @@ def open_items(args, class_names):
     """
     if not (args.val_path or args.val_latents):
         return None
-    args = Namespace(**{**vars(args), "data_path": args.val_path, "csv": None, "flip": False})
+    args = Namespace(**{**vars(args), "data_path": args.val_path, "csv": args.val_csv, "flip": False})
     dataset = latent_cache.LatentCache(args.val_latents, args) if args.val_latents else open_data(args, flip=False)
     unknown = sorted(set(dataset.class_names) - set(class_names))
     if unknown:
@@ -67,10 +67,10 @@ class HeldOut:
         latents, classes = [], []
         for items, own, bad in loader.read(dataset, keys, args.num_workers, device.type == "cuda"):
             bad_files.note(bad)  # another of its class stands in
-            encoded = items[:, 0].float()
-            if not args.val_latents:
-                encoded = autoencoder.mean(autoencoders.to_pixels(items.to(device)))
-            latents.append(encoded.cpu())
+            if args.val_latents:
+                latents.append(items[:, 0].float())
+            else:
+                latents.append(autoencoder.mean(autoencoders.to_pixels(items.to(device))).cpu())
             classes.append(labels[own])
         self.latents, self.labels = torch.cat(latents), torch.cat(classes)
 

@@ -12,6 +12,7 @@ def add_flags(parser):
     group.add_argument("--sample-every", type=cli.positive_int, help="steps between contact sheets of EMA samples")
     group.add_argument("--cfg-scale", type=cli.non_negative, default=4.0, help="guidance of these samples; 1 is none")
     group.add_argument("--val-path", help="data that is not trained on, laid out as --data-path: its loss is logged")
+    group.add_argument("--val-csv", help="labels of a flat folder of clips in --val-path, as --csv")
     group.add_argument("--val-latents", help="the same from a latent cache")
     group.add_argument("--val-every", type=cli.positive_int, default=1000, help="steps between these losses")
     group.add_argument("--val-items", type=cli.positive_int, default=1024, help="at most so many items, evenly spread")
@@ -22,6 +23,8 @@ def check(parser, args):
     """End with one line if flags of add_flags contradict each other."""
     if args.val_path and args.val_latents:
         parser.error("give either --val-path, to encode it once, or --val-latents")
+    if args.val_csv and not args.val_path:
+        parser.error("--val-csv labels clips in --val-path; give both")
     quality.check(parser, args)
 
 
@@ -42,8 +45,10 @@ class Looks:
         )
         self.taken = []  # (every, look)
 
-    def begin(self, trainer, autoencoder, log, save):
-        """What is looked at, and where the looks go. save: writes a checkpoint, called with its step."""
+    def begin(self, trainer, autoencoder, log, save, stop):
+        """What is looked at, and where the looks go. save: writes a checkpoint, called with its step. stop: the
+        StopRequest, which a look of one rank alone does not keep waiting.
+        """
         args, wanted = self.args, []
         if args.sample_every or self.held_out or self.evaluator:
             averaged = prepare.for_averages(trainer.ema.model, trainer.run_in)
@@ -54,6 +59,8 @@ class Looks:
             wanted.append((args.val_every, loss))
         if args.sample_every and (self.ranks.is_main or parallel.splits(args, self.ranks)):  # parts are on every rank
             preview = Preview(log.folder, args, trainer, averaged, autoencoder, self.class_names)
+            if not parallel.splits(args, self.ranks):  # else the ranks must end together
+                preview.is_stopped = lambda: stop.asked
             wanted.append((args.sample_every, preview))
         if self.evaluator:
             judge = quality.Quality(

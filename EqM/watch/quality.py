@@ -74,6 +74,7 @@ class Quality:
         self.samples = Drawn(pipe, args.eval_samples, shape_of(args), how, seed=args.global_seed)
 
     def __call__(self, step):
+        self.save(step)  # a stop while this goes on, which takes long, loses no step
         figures = self.evaluator.judge(self.samples, desc=f"samples of step {step}")
         self.log.step(step, {NAMES[name]: value for name, value in figures.items() if name in NAMES})
         name = next((name for name in JUDGED_BY if name in figures), None)
@@ -81,22 +82,23 @@ class Quality:
             self._keep(step, name, figures[name])
 
     def _keep(self, step, name, value):
-        is_best = distributed.on_main(self.ranks, lambda: self._note(step, name, value))
-        if is_best:
-            self.save(step)
+        is_best = distributed.on_main(self.ranks, lambda: self._is_best(name, value))
+        if not is_best:
+            return
+        self.save(step, wait=True)  # before the note that it is there, from which pruning knows what to spare
+        distributed.on_main(self.ranks, lambda: self._note(step, name, value))
+
+    def _is_best(self, name, value):
+        best = checkpoint.best(self.log.folder)
+        return best is None or best["figure"] != NAMES[name] or value < best["value"]
 
     def _note(self, step, name, value):
-        """Whether this is the best so far, which then stands in best.json, from where pruning reads it."""
         path = self.log.folder / checkpoint.BEST
+        note = {"checkpoint": f"{step:07d}.pt", "figure": NAMES[name], "value": value, "step": step}
+        partial = path.with_suffix(".writing")
         try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if before.get("figure") == NAMES[name] and not value < before["value"]:
-                return False
-            partial = path.with_suffix(".writing")
-            note = {"checkpoint": f"{step:07d}.pt", "figure": NAMES[name], "value": value, "step": step}
             partial.write_text(json.dumps(note) + "\n", encoding="utf-8")
             partial.replace(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be used ({error}); remove it, or mend that") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
         self.log.info(f"{NAMES[name]} {value:.4f} is the best so far: {note['checkpoint']} is kept")
-        return True

@@ -1,5 +1,6 @@
 """Sharded training: the steps of data parallel, and checkpoints that any other run takes up."""
 
+import csv
 import os
 import pickle
 import shutil
@@ -78,12 +79,22 @@ def test_a_run_in_parts_that_was_stopped_is_the_run_in_one_file_that_was_not(two
     assert [path.name for path in (stopped / "samples").iterdir()] == ["0000004.png"]
 
 
+def test_a_look_at_sharded_averages_sees_them_move(two_ranks):
+    """No backward pass follows a look, after which a network that stayed whole would be looked at again."""
+    folder, _ = two_ranks
+    curves = []
+    for root in ("straight", "whole"):
+        with open(run_of(folder / root) / "metrics.csv", newline="") as file:
+            curves.append([float(row["EMA Val Loss"]) for row in csv.DictReader(file) if row["EMA Val Loss"]])
+    assert len(curves[0]) == 4 == len(set(curves[0])) and curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
 def test_one_rank_goes_on_from_parts_and_samples_them(two_ranks, run_script, image_folder, tmp_path):
     folder, _ = two_ranks
     run = run_of(folder / "stopped")
-    assert checkpoint.newest_of(run) == checkpoint.newest_of(run / "checkpoints/0000004.pt")
+    assert checkpoint.locate(run) == checkpoint.locate(run / "checkpoints/0000004.pt")
     assert newest(folder / "stopped", lambda args: True)[0] == run / "checkpoints/0000004.pt"
-    flags = ["--epochs", 50, "--grad-accum-steps", 2, "--lr", 1e-2, "--max-steps", 5]
+    flags = ["--epochs", 50, "--grad-accum-steps", 2, "--lr", 1e-2, "--ema-decay", 0.5, "--max-steps", 5]
     shutil.copytree(folder / "stopped", tmp_path / "runs")
     result = run_script("train", *train_args(image_folder, tmp_path / "runs", *flags, "--shard", "--ckpt", "latest"))
     assert result.code == 0 and "not exactly as without a stop: world_size 2 -> 1" in result.out, result.err
@@ -114,7 +125,7 @@ SPOILT = {
     "a description that would run code": (description(pickle.dumps(Malicious())), "would run .*system"),
     "a description of something else": (description(pickle.dumps([1])), "damaged"),
     "an empty description": (description(b""), "damaged"),
-    "no head": (lambda folder: (folder / "run.pt").unlink(), "is not a file"),
+    "no head": (lambda folder: (folder / "run.pt").unlink(), "holds no checkpoint"),
 }
 
 

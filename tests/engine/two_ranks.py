@@ -113,11 +113,23 @@ def command(ranks, folder, data):
     preview.POINTS = 3  # all ranks must go through them, however many
     RunLog.draw = lambda log: None  # which takes a second to import what draws
     flags = ["--shard", "--epochs", 50, "--log-every", 1, "--grad-accum-steps", 2, "--lr", 1e-2]
-    parted = [*flags, "--split-checkpoints", "--ckpt-every", 1, "--keep-checkpoints", 2, "--auto-resume"]
+    watched = ["--val-path", data, "--val-every", 1, "--ema-decay", 0.5]
+    parted = [
+        *flags,
+        "--ema-decay",
+        0.5,
+        "--split-checkpoints",
+        "--ckpt-every",
+        1,
+        "--keep-checkpoints",
+        2,
+        "--auto-resume",
+    ]
     for root, *more in (
         ("stopped", *parted, "--max-steps", 3),
         ("stopped", *parted, "--max-steps", 4, "--sample-every", 4),
-        ("straight", *flags, "--max-steps", 4),
+        ("straight", *flags, "--max-steps", 4, *watched),
+        ("whole", *flags[1:], "--max-steps", 4, *watched),
     ):
         sys.argv = ["train.py", *train_args(data, folder / root, *more)]
         train.main()

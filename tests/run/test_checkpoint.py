@@ -1,6 +1,7 @@
 """Checkpoints: round trip, published formats, what is refused, what a kill leaves behind."""
 
 import copy
+import json
 import os
 import pickle
 import resource
@@ -119,8 +120,8 @@ FOREIGN = {
     "list": (lambda path: torch.save([1, 2], path), "holds no state dict"),
     "no weights": (lambda path: torch.save({"epoch": 3}, path), "has no model and no ema; its keys are epoch"),
     "no ema": (lambda path: torch.save({"model": {}, "args": None}, path), "has no ema"),
-    "folder": (lambda path: path.mkdir(), "is not a file"),
-    "nothing": (lambda path: None, "is not a file"),
+    "folder": (lambda path: path.mkdir(), "is not a file|holds no checkpoint"),
+    "nothing": (lambda path: None, "is not a file|holds no checkpoint"),
 }
 
 
@@ -475,3 +476,21 @@ def test_kill_9_at_any_moment_leaves_every_checkpoint_whole(tmp_path):
     assert forked == 75
     steps = sorted(checkpoint.load(path)["step"] for path in tmp_path.glob("*.pt"))
     assert steps[-1] - steps[0] <= 3
+
+
+def test_what_kills_left_is_swept_and_a_best_that_is_gone_is_none(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "0000003.aside").mkdir(parents=True)
+    for name in ("0000001.pt", "0000002.pt", "0000004.partial"):
+        (folder / name).write_bytes(b"x")
+    checkpoint.sweep(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["0000001.pt", "0000002.pt"]
+    note = {"checkpoint": "0000001.pt", "figure": "FID", "value": 2.5, "step": 1}
+    (tmp_path / checkpoint.BEST).write_text(json.dumps(note))
+    assert checkpoint.best(tmp_path) == note
+    checkpoint.prune(folder, 1)
+    assert len(list(folder.iterdir())) == 2, "the best is spared"
+    (folder / "0000001.pt").unlink()
+    assert checkpoint.best(tmp_path) is None
+    (tmp_path / checkpoint.BEST).write_text("[]")
+    assert checkpoint.best(tmp_path) is None

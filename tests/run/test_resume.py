@@ -330,3 +330,17 @@ def test_a_name_of_the_hub_is_no_place_unless_a_folder_is_called_so(tmp_path, mo
     (tmp_path / "user" / "name").mkdir(parents=True)
     assert not resume.is_hub_name("user/name") and resume.same_vae("user/name", str(tmp_path / "user/name"))
     assert resume.absolute({"vae": "user/name"}) == {"vae": str(tmp_path / "user/name")}
+
+
+def test_what_a_card_adds_up_in_another_order_is_named_there_alone():
+    on_gpu, saved = {**NOW, "device": "cuda"}, {**SAVED, "device": "cuda"}
+    assert changed(saved, on_gpu, recompute=None, use_amp=True) == ["recompute nothing -> elementwise"]
+    assert changed(saved, on_gpu, recompute=None) == [] and changed(recompute="elementwise") == []
+    assert changed(shard=True) == ["shard False -> True"] and changed(shard=False, shard_size=None) == []
+
+
+def test_distances_of_before_are_named():
+    new = {**SAVED, "args": {**ARGS, "disp": True, "recompute": None}}
+    old = {**new, "args": {name: value for name, value in new["args"].items() if name != "recompute"}}
+    assert changed(old, disp=True) == ["disp: version 0.2 rounded its distances otherwise"]
+    assert changed(new, disp=True) == []

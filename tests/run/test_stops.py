@@ -218,7 +218,7 @@ def test_where_nothing_hears_stops_a_signal_is_one_line_and_its_status(capfd, na
     assert before == [signal.getsignal(each) for each in stops.SIGNALS]
 
 
-@pytest.mark.parametrize("command", ["train", "sample_gd", "extract_latents", "score"])
+@pytest.mark.parametrize("command", ["train", "score"])
 def test_a_stop_while_a_command_imports_is_one_line(tmp_path, command):
     (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
     words = [sys.executable, REPO / "EqM" / f"{command}.py"]
