@@ -26,8 +26,9 @@ import torch
 
 from EqM import architecture, cli
 from EqM.data import media
+from EqM.engine.ema import held_of_start
 from EqM.engine.precision import DTYPES, Precision
-from EqM.pipeline import EqMPipeline
+from EqM.pipeline import EqMPipeline, young
 from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError, printable, reason
 from EqM.run.exported import AUTOENCODER, CARD, CONFIG, FORMAT, WEIGHTS
@@ -77,8 +78,11 @@ def main():
     weights = checkpoint.weights_named(saved, args.weights, source)
     if Path(args.out).exists():
         raise UserError(f"--out {args.out} exists already; choose another")
+    told = {"weights": checkpoint.true_name(saved, args.weights), "held_of_start": held_of_start(saved, args.weights)}
+    if line := young(saved, args.weights):
+        print(line)
     if args.strip:
-        strip(args.out, saved, weights)
+        strip(args.out, saved, weights, told)
         return
     flags = settled(saved)
     model = architecture.build_model(flags)
@@ -87,7 +91,7 @@ def main():
     try:
         folder.mkdir(parents=True)
         write_weights(folder / WEIGHTS, model, args.precision)
-        config = describe(args, saved, flags, folder)
+        config = describe(args, saved, flags, folder, told)
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         sheet = draw(args, folder) if args.sheet else None
         (folder / CARD).write_text(card(config, sheet, figures(source)), encoding="utf-8")
@@ -101,10 +105,17 @@ def main():
         print(f"Uploaded to {push(folder, args.push)}")
 
 
-def strip(out, saved, weights):
-    """Write a checkpoint that holds these weights alone, and what they are."""
-    kept = {name: saved[name] for name in ("args", "class_names", "step") if name in saved}
-    checkpoint.save(out, {"ema": weights, **kept})
+def strip(out, saved, weights, told):
+    """Write a checkpoint that holds these weights alone, and what they are.
+
+    told: the weights' true name, and how much of its start an average holds.
+    """
+    kept = {name: saved[name] for name in ("class_names", "step") if name in saved}
+    trained_with = saved["args"]
+    if told["weights"] in checkpoint.averages(saved):
+        decays = {checkpoint.average_name(decay): decay for decay in checkpoint.decays_of(trained_with)}
+        trained_with = {**trained_with, "ema_decay": decays.get(told["weights"])}
+    checkpoint.save(out, {"ema": weights, **told, "args": trained_with, **kept})
     print(f"Wrote {out}, {Path(out).stat().st_size / 2**20:,.1f} MiB")
 
 
@@ -123,8 +134,8 @@ def write_weights(path, model, precision):
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
 
 
-def describe(args, saved, flags, folder):
-    """The content of config.json. A local autoencoder is copied into the folder."""
+def describe(args, saved, flags, folder, told):
+    """The content of config.json. told: as `strip`. A local autoencoder is copied into the folder."""
     vae = flags.vae
     if Path(vae).is_dir():
         shutil.copytree(vae, folder / AUTOENCODER)
@@ -134,7 +145,7 @@ def describe(args, saved, flags, folder):
         "format": FORMAT,
         "args": {**vars(flags), "vae": vae, **c},
         "class_names": saved.get("class_names"),
-        "weights": args.weights,
+        **told,
         "precision": args.precision,
         "step": saved.get("step"),
         "advice": {name: getattr(args, name) for name in cli.DESCENT},
@@ -144,7 +155,7 @@ def describe(args, saved, flags, folder):
 def draw(args, folder):
     """Write the card's contact sheet, by the export itself; returns its name."""
     device = distributed.device_named(args.device)
-    pipe = EqMPipeline.from_pretrained(folder, precision=args.precision, device=device)
+    pipe = EqMPipeline.from_pretrained(folder, precision=args.precision, device=device, tell=str)
     result = pipe(classes=["all"], num_samples=args.sheet, seed=args.global_seed, **pipe.advice)
     names = [printable(pipe.class_names[label]) for label in result.labels]
     media.contact_sheet(list(media.as_clips(result.samples)), names).save(folder / "samples.png")

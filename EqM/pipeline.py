@@ -85,6 +85,7 @@ class EqMPipeline:
         device: str | torch.device | None = None,
         weights: str = "ema",
         compile: bool = False,
+        tell: Callable[[str], Any] = print,
         **model_flags: Any,
     ) -> EqMPipeline:
         """The model of a checkpoint, or of the newest one in a run folder.
@@ -92,13 +93,13 @@ class EqMPipeline:
         precision: fp32, bf16 or fp16, whatever it was trained in. device: left out, the GPU where there is one.
         weights: "ema", "model" for those that were trained, or one of several averages by name ("ema-0.999").
         model_flags: what the checkpoint does not say, named as sample_gd.py's flags (model, image_size, num_classes,
-        vae, ...), or another place of its autoencoder.
+        vae, ...), or another place of its autoencoder. tell: as from_saved.
         Raises UserError if the file is no checkpoint, does not fit, or its autoencoder cannot be had.
         """
         args, file = _flags(model_flags), checkpoint.locate(path)
         where = distributed.device_named(str(device) if device is not None else None)
         run_in = _activate(precision, where)
-        return cls.from_saved(checkpoint.load(file), file, args, run_in, weights, compile)
+        return cls.from_saved(checkpoint.load(file), file, args, run_in, weights, compile, tell)
 
     @classmethod
     def from_saved(
@@ -119,9 +120,8 @@ class EqMPipeline:
         architecture.follow_checkpoint(args, saved["args"])
         model = architecture.build_model(args)
         checkpoint.load_weights(model, checkpoint.weights_named(saved, weights, path), path, saved["args"])
-        held = ema.held_of_start(saved, weights)
-        if held is not None and held > YOUNG:
-            tell(f"The EMA still holds {held:.0%} of the weights it began with; --weights model takes the trained ones")
+        if line := young(saved, weights):
+            tell(line)
         autoencoder = autoencoders.load(args.vae, precision.of_vae(args, run_in))
         transport = Transport(args.path_type, args.prediction, sample_eps=args.sample_eps)
         prepare.for_sampling(model.to(run_in.device), run_in, compile, tell)
@@ -363,6 +363,19 @@ class EqMPipeline:
             ended.update(zip(part.indices, zip(decoded, part.evaluations, strict=True), strict=True))
         pictures, evaluations = zip(*(ended[i] for i in range(num_samples)), strict=True)
         return Samples(np.stack(pictures), labels, latents, list(evaluations))
+
+
+def young(saved: dict, weights: str) -> str | None:
+    """A line about an average that is still where it began, for the most part; None of all else.
+
+    saved: as checkpoint.load. weights: as checkpoint.weights_named.
+    """
+    held = ema.held_of_start(saved, weights)
+    if held is None or held <= YOUNG:
+        return None
+    alone = saved.get("stand_in") == "model"
+    how = "what it was exported from has the trained ones" if alone else "--weights model takes the trained ones"
+    return f"The EMA still holds {held:.0%} of the weights it began with; {how}"
 
 
 def _flags(given: dict[str, Any]) -> Namespace:

@@ -13,7 +13,7 @@ import torch
 from EqM import EqM_models, EqMPipeline, export
 from EqM.run import checkpoint, exported
 from EqM.run.errors import UserError
-from helpers import CLIP_ARGS, IMAGE_ARGS, REPO, save_checkpoint, train_args
+from helpers import CLIP_ARGS, IMAGE_ARGS, NAMES, REPO, save_checkpoint, train_args
 
 HOW = {"num_sampling_steps": 4, "stepsize": 0.1, "cfg_scale": 2.0}
 FLAGS = ["--num-sampling-steps", 4, "--stepsize", 0.1, "--cfg-scale", 2, "--sheet", 3, "--device", "cpu"]
@@ -91,6 +91,55 @@ def test_a_stripped_checkpoint_samples_alike_and_is_a_quarter(run_script, take_a
     assert result.code == 0, result.err
     assert (tmp_path / "small.pt").stat().st_size < 0.27 * ckpt.stat().st_size
     assert torch.equal(drawn(ckpt).latents, drawn(tmp_path / "small.pt").latents)
+
+
+@pytest.fixture
+def young_run(tmp_path):
+    """A checkpoint of a run with two averages after 20 steps, of which FP16 skipped 4."""
+    states = [torch.load(save_checkpoint(tmp_path / f"{seed}.pt", IMAGE_ARGS, seed))["model"] for seed in range(3)]
+    args = {**IMAGE_ARGS, "ema_decay": [0.9, 0.99]}
+    more = {"args": args, "class_names": NAMES, "step": 20, "schedule": {"taken": torch.tensor(16.0)}}
+    checkpoint.save(tmp_path / "run.pt", dict(zip(("model", "ema", "ema-0.99"), states, strict=True)) | more)
+    return tmp_path / "run.pt"
+
+
+@pytest.mark.parametrize("how", ["strip", "folder", "strip of a strip"])
+@pytest.mark.parametrize(
+    ("asked", "known", "held"),
+    [("ema", ["ema", "ema-0.9"], "19%"), ("ema-0.99", ["ema", "ema-0.99"], "85%"), ("model", ["ema", "model"], None)],
+)
+def test_what_is_taken_away_knows_which_weights_it_has(run_script, take_away, young_run, how, asked, known, held):
+    flags = ["--sheet", 1] if how == "folder" else ["--strip"]
+    result = take_away(young_run, "--weights", asked, *flags)
+    assert result.code == 0, result.err
+    said = f"The EMA still holds {held} of the weights it began with; "
+    assert result.out.count(f"{said}--weights model takes") == result.out.count("The EMA") == (held is not None)
+    if how == "strip of a strip":
+        result = take_away(result.folder, "--strip", out="again")
+        assert result.code == 0 and result.out.count("from has the trained ones") == (held is not None), result.err
+    saved, there = checkpoint.load(result.folder), checkpoint.load(young_run)
+    state = checkpoint.weights_named(there, asked, young_run)
+    for name in known:
+        found = checkpoint.weights_named(saved, name, result.folder)
+        assert all(torch.equal(found[key], state[key]) for key in state)
+        lines = []
+        EqMPipeline.from_pretrained(result.folder, device="cpu", weights=name, tell=lines.append)
+        assert lines == ([f"{said}what it was exported from has the trained ones"] if held else [])
+    for name in {"ema-0.9", "ema-0.99", "model"} - {*known}:
+        with pytest.raises(UserError, match=f"--weights {name} is not in .*; it has {', '.join(known)}$"):
+            checkpoint.weights_named(saved, name, result.folder)
+    if how != "folder" and held:
+        assert saved["args"]["ema_decay"] == float(known[1].removeprefix("ema-"))
+
+
+def test_weights_that_are_not_there_have_no_stand_in_by_name(tmp_path):
+    state = torch.load(save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS))["ema"]
+    checkpoint.save(tmp_path / "averages.pt", {"ema": state, "args": IMAGE_ARGS})
+    with pytest.raises(UserError, match="--weights model is not in .*; it has ema$"):
+        EqMPipeline.from_pretrained(tmp_path / "averages.pt", device="cpu", weights="model")
+    checkpoint.save(tmp_path / "trained.pt", {"model": state, "args": {**IMAGE_ARGS, "ema_decay": 0.9}})
+    with pytest.raises(UserError, match="--weights ema-0.9 is not in .*; it has ema, model$"):
+        EqMPipeline.from_pretrained(tmp_path / "trained.pt", device="cpu", weights="ema-0.9")
 
 
 class FakeHub:

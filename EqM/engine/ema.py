@@ -109,12 +109,16 @@ def held_of_start(saved, weights):
     """How much of the weights it began with an average of a checkpoint still holds, 0 to 1, or None if that is unknown.
 
     saved: as checkpoint.load. weights: as checkpoint.weights_named. With warm-up it is at most a tenth from the first
-    step on, and a power-function average forgets its start at the first step.
+    step on, and a power-function average forgets its start at the first step. What export.py wrote says it itself.
     """
     args, taken = saved["args"], checkpoint.steps_taken(saved)
+    if weights == "model" or saved.get("stand_in") == "ema":
+        return None
+    if "held_of_start" in saved:
+        return saved["held_of_start"]
     decays = checkpoint.decays_of(args)
     named = {average_name(decay): decay for decay in decays} | ({"ema": decays[0]} if decays else {})
-    if weights not in named or taken is None or args.get("ema_warmup") or saved.get("stand_in") == "ema":
+    if weights not in named or taken is None or args.get("ema_warmup"):
         return None
     return named[weights] ** taken
 

@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime
 from pathlib import Path
@@ -51,6 +52,7 @@ PATHS = os.pathsep.join(map(str, (REPO, DATASETS)))  # for the commands it runs
 import score_demo
 
 SHEET_SAMPLES = 4  # on the contact sheet, each nine times
+JUDGES = ("reference", "inception", "i3d")  # judge what a comparison made, and may come later or be others
 EARLY_STEPS = 5  # of a short FP32 run: adaLN-Zero starts with small gradients, where FP16 loses most
 
 OURS = (  # flags of train.py that the comparison sets
@@ -104,9 +106,8 @@ def parse_args(argv=None):
 
 def open_out(args):
     """Make the folder, and note there what the comparison is. Raises UserError if it holds another one."""
-    described = {
-        name: value for name, value in vars(args).items() if name not in ("out", "jobs", "seeds", "precisions")
-    }
+    others = ("out", "jobs", "seeds", "precisions", *JUDGES)
+    described = {name: value for name, value in vars(args).items() if name not in others}
     note = args.out / "comparison.json"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -208,7 +209,10 @@ def sampling_tasks(args, seeds):
 
 
 def figures_file(args, trained, sampled, seed):
-    return args.out / "figures" / f"train-{trained}-sample-{sampled}-seed{seed}.json"
+    """Where a cell's figures by these judges lie."""
+    places = [getattr(args, name) and os.path.abspath(getattr(args, name)) for name in JUDGES]
+    judges = zlib.crc32(json.dumps(places).encode())
+    return args.out / "figures" / f"train-{trained}-sample-{sampled}-seed{seed}-by-{judges:08x}.json"
 
 
 def judging_tasks(args, seeds):
@@ -256,10 +260,10 @@ def histories(args, seeds):
             held_out.setdefault(name, []).extend(
                 [float(r["EMA Val Loss"]) for r in logged if r.get("EMA Val Loss")][-1:]
             )
-        columns = [key for key, value in runs[0][0].items() if value]
+        columns = [key for key in runs[0][0] if all(row.get(key) for each in runs for row in each)]
         found[name] = {key: np.array([[float(row[key]) for row in each] for each in runs]) for key in columns}
     with open(args.out / "history.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))  # older runs have fewer
         writer.writeheader()
         writer.writerows(rows)
     return found, {name: np.array(losses) for name, losses in held_out.items()}

@@ -75,6 +75,8 @@ def _checked(content):
         args = vars(args)
     if not isinstance(args, (dict, type(None))) or not all(isinstance(name, str) for name in args or {}):
         raise Unfit(f"is damaged or foreign: its args are {brief(args)}, not names with values")
+    if weights.get("stand_in") == "model" and content.get("weights") == "model":  # as export.py says of its `ema`
+        weights["stand_in"] = "ema"
     there = {key: value for key, value in content.items() if value is not None}
     return {**there, **weights, "args": dict(args or {})}
 
@@ -108,18 +110,29 @@ def _read_file(path):
 def weights_named(saved, name, path, flag="--ckpt"):
     """State dict of a loaded checkpoint's `model`, `ema`, or one of several averages, as ema-0.999 or ema-std-0.05.
 
-    Raises UserError with the names there are.
+    Of a file without EMA, `ema` is its model. Raises UserError with the names there are.
     """
     known = {"ema": saved["ema"], "model": saved["model"], **averages(saved)}
+    if saved.get("stand_in") == "model":
+        del known["model"]
     if name not in known:
         raise UserError(f"--weights {name} is not in {flag} {path}; it has {', '.join(known)}")
     return known[name]
 
 
+def true_name(saved, name):
+    """Which of a loaded checkpoint's weights these are: `ema` is its model, or one of several averages."""
+    if name != "ema":
+        return name
+    return "model" if saved.get("stand_in") == "ema" else next(iter(averages(saved)), name)
+
+
 def averages(saved):
     """State dicts of a loaded checkpoint's averages by name; the first decay's is what it calls plain ema."""
-    first = {average_name(decay): saved["ema"] for decay in decays_of(saved["args"])[:1]}
-    return first | {name: saved[name] for name in saved if isinstance(name, str) and name.startswith("ema-")}
+    told = saved.get("weights")  # by export.py
+    names = [told] if _is_average(told) else [average_name(decay) for decay in decays_of(saved["args"])[:1]]
+    first = {} if saved.get("stand_in") == "ema" else dict.fromkeys(names, saved["ema"])
+    return first | {name: saved[name] for name in saved if _is_average(name)}
 
 
 def steps_taken(saved):
@@ -137,6 +150,10 @@ def decays_of(args):
 def average_name(decay=None, std=None):
     """What an average is called in a checkpoint and by --weights."""
     return f"ema-{decay}" if std is None else f"ema-std-{std}"
+
+
+def _is_average(name):
+    return isinstance(name, str) and name.startswith("ema-")
 
 
 def _is_zip(file):
@@ -210,6 +227,7 @@ def _are_words(value):
 # What a resume reads besides the weights: whether it is of the right kind, and that kind in words.
 PARTS = {
     "step": (_is_whole, "a whole number"),
+    "held_of_start": (lambda value: _is_number(value) and 0 <= value <= 1, "a share"),
     "world_size": (_is_whole, "a whole number"),
     "precision": (lambda value: isinstance(value, str), "a name"),
     "class_names": (_are_words, "a list of names"),

@@ -48,7 +48,10 @@ def is_export(path):
 
 
 def read(folder):
-    """What an export holds, as a checkpoint's content: model, args, class_names, advice. Raises Unfit."""
+    """What an export holds, as a checkpoint's content. Raises Unfit.
+
+    That is weights and which they are, args, class_names, advice.
+    """
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -67,5 +70,5 @@ def read(folder):
         weights = load_file(folder / WEIGHTS)
     except Exception as error:  # over a damaged file the library raises anything
         raise Unfit(f"has no usable {WEIGHTS}: {reason(error)}") from None
-    wanted = ("class_names", "advice")
+    wanted = ("class_names", "advice", "weights", "held_of_start")
     return {"ema": weights, "args": args, **{name: config[name] for name in wanted if config.get(name) is not None}}

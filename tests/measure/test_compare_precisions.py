@@ -186,12 +186,14 @@ def test_fp16_training_stalls_without_scaling_and_goes_on_with_it():
 
 
 class Asked:
-    """The arguments that say where a comparison lies."""
+    """The arguments that say where a comparison lies, and what judges it."""
 
-    reference = "there"
+    inception = i3d = None
+    precisions = ("fp32",)
 
-    def __init__(self, out):
+    def __init__(self, out, reference=None):
         self.out = out
+        self.reference = reference
 
 
 def test_psnr_of_known_errors():
@@ -276,13 +278,44 @@ def test_cells_are_judged_against_a_reference_and_held_out_loss_is_told(
     monkeypatch.setattr(precision_error, "main", lambda: (tmp_path / "out/precision_error.md").write_text("errors"))
     assert run_script("compare_precisions", *words).code == 0
     report = (tmp_path / "out" / "report.md").read_text()
-    name, figures = compare_precisions.judged(Asked(tmp_path / "out"), "fp32", "fp32", [0, 1])
+    name, figures = compare_precisions.judged(Asked(tmp_path / "out", tmp_path / "reference"), "fp32", "fp32", [0, 1])
     assert f"| FP32 | {name} {np.mean(figures):.2f} ± " in report and f"against {tmp_path / 'reference'}" in report
     with open(next((tmp_path / "out/runs/fp32-seed1-5steps").glob("*/metrics.csv")), newline="") as file:
         assert float(list(csv.DictReader(file))[-1]["EMA Val Loss"]) > 0
     assert "held-out loss (EMA)" in report and in_process.count("EqM.evaluate") == 2
     in_process.clear()
     assert run_script("compare_precisions", *words).code == 0 and "EqM.evaluate" not in in_process
+
+
+def test_judges_may_come_later_and_be_others(tmp_path):
+    words = ["--out", str(tmp_path), "--steps", "5"]
+    files = []
+    for judges in ([], ["--reference", "a.npz"], ["--reference", "b.npz"], ["--reference", "b.npz", "--i3d", "i3d.pt"]):
+        args = compare_precisions.parse_args([*words, *judges])
+        compare_precisions.open_out(args)
+        files.append(compare_precisions.figures_file(args, "fp32", "bf16", 0))
+        assert len(compare_precisions.judging_tasks(args, [0])) == (9 if judges else 0)
+        files[-1].write_text("{}")
+        assert len(compare_precisions.judging_tasks(args, [0])) == (8 if judges else 0)
+    assert len(set(files)) == 4
+    with pytest.raises(UserError, match=r"holds another comparison \(steps differ\)"):
+        compare_precisions.open_out(compare_precisions.parse_args([*words[:-1], "6"]))
+
+
+def test_runs_of_before_and_of_now_are_told_together(tmp_path, monkeypatch):
+    """metrics.csv of the first has fewer columns, and one is empty here and there."""
+    tables = ["step,Train Loss\n1,3\n2,2\n", "step,Train Loss,Val Loss,EMA Val Loss\n1,5,7,\n2,4,,\n2,,8,9\n"]
+    for seed, text in enumerate(tables):
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}/metrics.csv").write_text(text)
+    monkeypatch.setattr(compare_precisions, "checkpoint_of", lambda args, name, seed: tmp_path / f"{seed}/x/y.pt")
+    for seeds in ([0, 1], [1, 0]):
+        found, held_out = compare_precisions.histories(Asked(tmp_path), seeds)
+        assert {*found["fp32"]} == {"step", "Train Loss"} and list(held_out["fp32"]) == [9]
+        assert found["fp32"]["Train Loss"].tolist() == [[[3, 2], [5, 4]][seed] for seed in seeds]
+        with open(tmp_path / "history.csv", newline="") as file:
+            rows = {(row["seed"], row["step"]): row["Val Loss"] for row in csv.DictReader(file)}
+        assert rows == {("0", "1"): "", ("0", "2"): "", ("1", "1"): "7", ("1", "2"): ""}
 
 
 def test_the_demo_is_the_default_and_its_commands_are_good(monkeypatch, tmp_path):
