@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=N EqM/evaluate.py --ckpt results/000-EqM-S-4-Linear-velocity-None --reference ref.npz
     python EqM/evaluate.py --make-reference /path/to/imagenet/train --image-size 256 --out ref.npz
 
-Killed, it goes on where it was when run again with the same --json.
+Killed, it goes on where it was when run again with the same --json, or --out.
 """
 
 import sys

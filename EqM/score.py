@@ -24,7 +24,7 @@ import os
 import numpy as np
 import torch
 
-from EqM import cli, composition
+from EqM import cli
 from EqM.data import loader, media, tables
 from EqM.engine import precision
 from EqM.pipeline import EqMPipeline
@@ -63,16 +63,13 @@ def parse_args():
     return parser.parse_args()
 
 
-def labels_of(pipe, dataset, wanted, path):
-    """The model's label, or sum of labels, for each class of a dataset, which lies at path.
-
-    wanted: one for all, None for each class's own.
-    """
-    names = dataset.class_names if wanted is None else [wanted] * len(dataset.class_names)
+def labels_of(pipe, dataset, args, path):
+    """The model's label, or sum of labels, for each class of a dataset, which lies at path."""
+    names = [args.label] * len(dataset.class_names) if args.label is not None or args.against else dataset.class_names
     try:
-        return [pipe.composition.asked(composition.NO_CLASS if name is None else name) for name in names]
+        return [pipe.composition.null_label if name is None else pipe.composition.asked(name) for name in names]
     except UserError as error:
-        whose = f"{path}: " if wanted is None else "--class "
+        whose = f"{path}: " if args.label is None else "--class "
         message = str(error).removeprefix("--classes ")
         raise UserError(f"{whose}{message}; --class none judges files of any class") from None
 
@@ -88,9 +85,8 @@ def scores(pipe, dataset, labels, args, name):
     ):
         bad_files.note(bad)
         x = pipe.encode(pixels.movedim(1, -1))
-        found.append(
-            (bad < 0, pipe.score(x, [labels[own] for own in classes.tolist()]))
-        )  # a bad file has another one in its place
+        asked = [labels[own] for own in classes.tolist()]
+        found.append((bad < 0, pipe.score(x, asked)))  # a bad file has another one in its place
     good = torch.cat([part for part, _ in found]).numpy()
     values = torch.cat([part for _, part in found]).double().cpu().numpy()
     if not np.isfinite(values[good]).all():
@@ -112,11 +108,10 @@ def main():
         raise UserError("score.py runs as one process; start it without torchrun")
     run_in = precision.activate_flags(args, ranks.device)
     pipe = EqMPipeline.from_saved(checkpoint.load(args.ckpt), args.ckpt, args, run_in, args.weights)
-    wanted = "none" if args.against and args.label is None else args.label
     given = {"--data-path": args.data_path, "--against": args.against}
     folders = [path for path in given.values() if path]
     datasets = [tables.open_any(path, args, flag) for flag, path in given.items() if path]
-    labels = [labels_of(pipe, dataset, wanted, path) for dataset, path in zip(datasets, folders, strict=True)]
+    labels = [labels_of(pipe, dataset, args, path) for dataset, path in zip(datasets, folders, strict=True)]
     folder = Path(args.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

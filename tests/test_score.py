@@ -102,6 +102,16 @@ def test_two_folders_are_told_apart_under_no_class_unless_one_is_named(run, imag
     assert [row["score"] for row in summed.rows] != [row["score"] for row in named.rows[:6]]
 
 
+def test_a_class_called_none_is_not_taken_for_no_class(run_script, flat_folder, tmp_path):
+    ckpt = save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS, names=["cat", "none", "owl"])
+    scores = []
+    for i, flags in enumerate(([], ["--against", flat_folder], ["--class", "none"])):
+        words = ["--ckpt", ckpt, "--data-path", flat_folder, "--folder", tmp_path / f"{i}", "--num-workers", 0]
+        assert run_script("score", *words, "--device", "cpu", *flags).code == 0
+        scores.append((tmp_path / f"{i}/scores.csv").read_text().splitlines()[1:4])
+    assert scores[0] == scores[1] != scores[2]
+
+
 def test_the_weights_that_judge_are_chosen_by_name(run, run_script, flat_folder, tmp_path):
     assert len(run(IMAGE_ARGS, flat_folder, "--weights", "model").rows) == 3
     unknown = run(IMAGE_ARGS, flat_folder, "--weights", "ema-0.5", folder="other")

@@ -266,7 +266,9 @@ def check_free(folder):
     kinds = (*files.image_extensions(), *files.CLIP_EXTENSIONS)
     found = [name for name in files.visible(folder) if name.lower().endswith(kinds)]
     if found:
-        raise UserError(f"{printable(folder)} holds {found[0]} and more that is not ours to replace; choose another")
+        raise UserError(
+            f"--keep-samples {printable(folder)} holds {found[0]} and more that is not ours to replace; choose another"
+        )
 
 
 def claim(folder, made_by):
@@ -278,11 +280,11 @@ def claim(folder, made_by):
     note, made_by = Path(folder) / files.SAMPLES_NOTE, json.loads(json.dumps(made_by))
     try:
         if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_by:
-            raise UserError(f"{printable(folder)} holds other samples; choose another")
+            raise UserError(f"--keep-samples {printable(folder)} holds other samples; choose another")
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(made_by, indent=1), encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{printable(folder)} cannot be used for samples: {reason(error)}") from None
+        raise UserError(f"--keep-samples {printable(folder)} cannot be used for samples: {reason(error)}") from None
 
 
 def open_source(path, run_in=None, vae=None, tell=print):
