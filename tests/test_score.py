@@ -102,23 +102,24 @@ def test_two_folders_are_told_apart_under_no_class_unless_one_is_named(run, imag
     assert [row["score"] for row in summed.rows] != [row["score"] for row in named.rows[:6]]
 
 
-def test_a_class_called_none_is_not_taken_for_no_class(run_script, flat_folder, tmp_path):
-    ckpt = save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS, names=["cat", "none", "owl"])
-    scores = []
-    for i, flags in enumerate(([], ["--against", flat_folder], ["--class", "none"])):
-        words = ["--ckpt", ckpt, "--data-path", flat_folder, "--folder", tmp_path / f"{i}", "--num-workers", 0]
-        assert run_script("score", *words, "--device", "cpu", *flags).code == 0
-        scores.append((tmp_path / f"{i}/scores.csv").read_text().splitlines()[1:4])
-    assert scores[0] == scores[1] != scores[2]
+def test_a_class_called_none_is_not_taken_for_no_class(tmp_path):
+    names = ["cat", "none", "owl"]
+    pipe = EqMPipeline.from_pretrained(save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS, names=names), device="cpu")
+    flat, classed = Namespace(class_names=[None]), Namespace(class_names=["none", "cat"])
+    for dataset, label, against, expected in [
+        (flat, None, None, [3]), (flat, "none", None, [1]), (classed, None, None, [1, 0]), (classed, None, "x", [3, 3]),
+    ]:  # fmt: skip
+        assert score.labels_of(pipe, dataset, Namespace(label=label, against=against), "data") == expected
 
 
-def test_the_weights_that_judge_are_chosen_by_name(run, run_script, flat_folder, tmp_path):
+def test_the_weights_that_judge_are_chosen_by_name(run, flat_folder):
     assert len(run(IMAGE_ARGS, flat_folder, "--weights", "model").rows) == 3
     unknown = run(IMAGE_ARGS, flat_folder, "--weights", "ema-0.5", folder="other")
     assert unknown.code == 2 and "--weights ema-0.5" in unknown.err
 
 
-def test_a_samplers_folder_is_its_samples(run, flat_folder):
+def test_a_samplers_folder_is_its_samples(run, flat_folder, monkeypatch):
+    monkeypatch.setattr(score, "draw_histogram", lambda *what: None)
     for path in [*flat_folder.glob("*.png")]:
         shutil.copy(path, flat_folder / f"00000{path.name}")
         path.unlink()
@@ -129,7 +130,8 @@ def test_a_samplers_folder_is_its_samples(run, flat_folder):
     assert [row["file"] for row in run(IMAGE_ARGS, flat_folder).rows] == [f"00000{i}.png" for i in range(3)]
 
 
-def test_tables_are_scored_as_the_folder_they_were_made_of(run, image_folder, tmp_path):
+def test_tables_are_scored_as_the_folder_they_were_made_of(run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "draw_histogram", lambda *what: None)
     datasets = pytest.importorskip("datasets")
     files = sorted(image_folder.glob("*/*.png"))
     rows = {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in files],
