@@ -262,6 +262,10 @@ DESCENT = (  # what add_sampler adds, as EqMPipeline.descend takes it
     "sampler", "num_sampling_steps", "stepsize", "mu", "beta1", "beta2", "temperature", "anneal", "atol", "rtol",
     "stop_norm", "cfg_scale", "cfg_channels",
 )  # fmt: skip
+READ_BY = {  # the samplers that read a setting, where not all of them do
+    "mu": ("ngd", "nag"), "beta1": ("adam",), "beta2": ("adam",), "temperature": ("langevin",), "anneal": ("langevin",),
+    "atol": ("dopri5",), "rtol": ("dopri5",),
+}  # fmt: skip
 ADDED = {  # those that came later, and what samples were made with before
     "beta1": 0.9, "beta2": 0.999, "temperature": 0.0, "anneal": True, "atol": 1e-5, "rtol": 1e-5, "stop_norm": 0.0,
 }  # fmt: skip
@@ -351,6 +355,16 @@ def _check_sampler(parser, args):
     except ValueError as error:
         given = [name for name, default in ADDED.items() if getattr(args, name) != default]
         parser.error(f"{' '.join(map(str, words_of(args, ['sampler', *given])))}: {error}")
+
+
+def settings_read(how):
+    """Names of DESCENT that mean something beside the others. how: the value of each."""
+    idle = {name for name, samplers in READ_BY.items() if how["sampler"] not in samplers}
+    if not how["stop_norm"]:
+        idle.add("stop_norm")
+    if how["cfg_scale"] <= 1:
+        idle.add("cfg_channels")
+    return [name for name in DESCENT if name not in idle]
 
 
 def words_of(args, names=DESCENT):

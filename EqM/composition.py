@@ -19,6 +19,7 @@ from EqM.run.errors import UserError
 from EqM.transport import Transport
 
 SHOWN = 8  # class names in a message
+NO_CLASS = "none"  # the null label's name
 
 Asked = int | dict[int, float]  # a label, or the weight of each label of a sum
 
@@ -73,10 +74,12 @@ class Composition:
     def asked(self, wanted: str | int) -> Asked:
         """The label of a class, by name or number, or the weight of each label of a sum of classes.
 
-        A sum that is one class of weight 1 is that class, and one in which nothing is left the null label. Raises
-        UserError for a class that does not exist.
+        A sum that is one class of weight 1 is that class, and one in which nothing is left the null label; so is
+        "none", unless a class is called so. Raises UserError for a class that does not exist.
         """
         names = self.class_names
+        if wanted == NO_CLASS and wanted not in names:
+            return self.null_label
         known = f"{len(names)}: {', '.join(names[:SHOWN])}" + (", ..." if len(names) > SHOWN else "")
         if isinstance(wanted, str) and wanted not in names and {"+", "*"} & set(wanted):
             try:
@@ -90,9 +93,12 @@ class Composition:
         return label
 
     def written(self, asked: Asked) -> tuple[str, str]:
-        """What was asked for, in numbers and in names, each as `asked` reads it: "0*0.7+1*0.3", "cat*0.7+dog*0.3"."""
+        """What was asked for, in numbers and in names: "0*0.7+1*0.3", "cat*0.7+dog*0.3". `asked` reads both back.
+
+        Of the null label it reads the name alone, "none".
+        """
         if asked == self.null_label:
-            return str(asked), "none"
+            return str(asked), NO_CLASS
         parts = asked.items() if isinstance(asked, dict) else [(asked, 1.0)]
         times = [(label, "" if weight == 1 else f"*{weight:g}") for label, weight in parts]
         names = [f"{self.class_names[label]}{weight}" for label, weight in times]

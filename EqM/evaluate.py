@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=N EqM/evaluate.py --ckpt results/000-EqM-S-4-Linear-velocity-None --reference ref.npz
     python EqM/evaluate.py --make-reference /path/to/imagenet/train --image-size 256 --out ref.npz
 
-Killed, it goes on where it was when run again with the same --json.
+Killed, it goes on where it was when run again with the same --json, or --out.
 """
 
 import sys
@@ -22,7 +22,7 @@ import argparse
 
 from tqdm import tqdm
 
-from EqM import architecture, cli
+from EqM import architecture, cli, samplers
 from EqM.engine import acceleration, precision
 from EqM.metrics import features, figures, reference, report, sources
 from EqM.metrics.collect import Progress
@@ -30,6 +30,11 @@ from EqM.metrics.evaluation import Evaluator
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
 
+READ_BY = {  # flags that other ways to call this would pass over
+    ("ckpt",): (*cli.DESCENT, "weights", "num_fid_samples", "batch_size", "classes", "keep_samples", "compile"),
+    ("make_reference",): ("csv", "image_column", "label_column", "frame_interval"),
+    ("samples", "ckpt"): ("json", "neighbours"),
+}
 COUNT = {False: 50_000, True: 2_048}  # samples of images, of clips, as published figures are taken
 
 
@@ -65,11 +70,26 @@ def parse_args():
     group.add_argument("--label-column", help="of such data; left out: found")
     group.add_argument("--frame-interval", type=cli.positive_int, help="as in training; left out: whole clip")
     args = parser.parse_args()
+    check_idle(parser, args)
     if bool(args.make_reference) == bool(args.reference):
         parser.error("--samples and --ckpt need --reference, and --make-reference takes none")
     if bool(args.make_reference) != bool(args.out):
         parser.error("--make-reference needs --out FILE.npz, and nothing else takes it")
+    if args.out and Path(args.out).exists():
+        parser.error(f"--out {args.out} exists already; choose another")
     return args
+
+
+def check_idle(parser, args):
+    """End with one line if flags are given that what is asked for does not read."""
+    mode = next(name for name in ("samples", "ckpt", "make_reference") if getattr(args, name))
+    defaults = {name: parser.get_default(name) for names in READ_BY.values() for name in names}
+    defaults["stepsize"] = samplers.STEPSIZES[args.sampler]  # which has been filled in
+    read = {name for modes, names in READ_BY.items() if mode in modes for name in names}
+    idle = [name for name, default in defaults.items() if name not in read and getattr(args, name) != default]
+    if idle:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
+        parser.error(f"{flags}: no effect with --{mode.replace('_', '-')}; drop it, or give what it is for")
 
 
 def main():
@@ -84,15 +104,16 @@ def main():
     if args.make_reference:
         source = to_make(args, vae_in)
         made = reference.make(source, args.out, networks, ranks, kept)
-        tell(f"Wrote {args.out}: {source.count} items of {sources.size_of(source.shape)}, {made}")
+        tell(f"Wrote {args.out}: {source.count} items of {sources.size_of(source.shape)}")
+        tell("\n".join(report.lines(made or {})))
     else:
         against = reference.open_reference(args.reference, networks, vae_in, args.vae, tell)
         evaluator = Evaluator(against, networks, ranks, kept, tell)
         results, told = [], {}
-        for name, source, about in judged(args, run_in, vae_in, tell):
+        for name, source, about in judged(args, ranks, run_in, vae_in, tell):
             told = {"judged": {**source.told, **about}, **protocol(args, against, networks)}
-            step = {"step": about["step"]} if "step" in about else {}
-            results.append({**evaluator.judge(source, name), **step})
+            which = {key: about[key] for key in ("step", "checkpoint") if key in about}
+            results.append({**evaluator.judge(source, name), **which})
             if args.neighbours:
                 show_neighbours(args, evaluator, source, name, tell)
         if ranks.is_main:
@@ -109,16 +130,19 @@ def to_make(args, vae_in):
     for name in ("image_size", "video", "clip_len"):
         if getattr(args, name) is None:
             setattr(args, name, architecture.MODEL_DEFAULTS[name])
-    return sources.data_as_trained(args.make_reference, args)
+    return sources.data_as_trained(args.make_reference, args, "--make-reference")
 
 
-def judged(args, run_in, vae_in, tell):
+def judged(args, ranks, run_in, vae_in, tell):
     """(name, source, facts for the protocol) of --samples or of each checkpoint in turn."""
     if args.samples:
         yield "samples", sources.open_source(args.samples, vae_in, args.vae, tell), {}
         return
-    paths = [path for each in args.ckpt for path in checkpoint.all_of(each)]
-    for path in paths:
+    names = names_of([path for each in args.ckpt for path in checkpoint.all_of(each)])
+    keeps = [args.keep_samples and (Path(args.keep_samples) / name if len(names) > 1 else args.keep_samples)
+             for name in names.values()]  # fmt: skip
+    distributed.on_main(ranks, lambda: [sources.check_free(keep) for keep in keeps if keep])
+    for (path, name), keep in zip(names.items(), keeps, strict=True):
         flags = argparse.Namespace(**vars(args))  # which the checkpoint fills in
         saved = checkpoint.load(path)
         pipe = EqMPipeline.from_saved(saved, path, flags, run_in, args.weights, args.compile, tell)
@@ -132,11 +156,25 @@ def judged(args, run_in, vae_in, tell):
             "vae_precision": args.vae_precision,
         }  # fmt: skip
         weights = checkpoint.weights_named(saved, args.weights, path)
-        recipe = [checkpoint.fingerprint(weights), count, shape, flags.sample_eps, about] if args.json else None
-        keep = args.keep_samples and (Path(args.keep_samples) / path.stem if len(paths) > 1 else args.keep_samples)
+        recipe = [checkpoint.fingerprint(weights), count, shape, flags.sample_eps, about] if args.json or keep else None
+        if keep:
+            distributed.on_main(ranks, lambda keep=keep, recipe=recipe: sources.claim(keep, {"judged": recipe}))
         source = sources.Drawn(pipe, count, shape, how, args.classes, args.global_seed, args.batch_size, keep, recipe)
         step = saved.get("step", int(path.stem) if path.stem.isdecimal() else None)
-        yield path.stem, source, about | ({} if step is None else {"step": step})
+        yield name, source, about | {"checkpoint": str(path)} | ({} if step is None else {"step": step})
+
+
+def names_of(paths):
+    """{path: a name that no other has}: of its file, with as many of the folders above it as that takes."""
+    parts = {}
+    for path in paths:
+        _, *above, _ = path.resolve().parts
+        parts[path] = [*(part for part in above if part != "checkpoints"), path.resolve().stem]
+    for depth in range(1, max(map(len, parts.values())) + 1):
+        names = {path: "-".join(each[-depth:]) for path, each in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: f"{place}-{path.stem}" for place, path in enumerate(parts)}
 
 
 def protocol(args, against, networks):
@@ -154,16 +192,23 @@ def protocol(args, against, networks):
 def finish(args, told, results):
     """Print protocol and table; write the JSON file and, of several checkpoints, the plot."""
     if len(results) > 1:
-        told["judged"].pop("step", None)  # which the results tell
-    print("\n".join(report.lines(told)))
+        for name in ("step", "checkpoint"):  # which the results tell
+            told["judged"].pop(name, None)
+    shown = told["judged"]
+    if "sampler" in shown:
+        shown = shown | {"sampler": " ".join(map(str, cli.words_of(args, cli.settings_read(shown["sampler"]))))}
+    print("\n".join(report.lines(told | {"judged": shown})))
     print(report.table(results))
     if args.json:
         report.save(args.json, told, results)
+    best = report.best(results) if len(results) > 1 else None
+    if best:
+        step = f"step {best['step']}, " if "step" in best else ""
+        print(f"Best: {step}{best['checkpoint']}")
     if sum("step" in result for result in results) > 1:
         path = beside(args, ".png")
         report.draw(results, path)
-        best = report.best(results)
-        print(f"Best: step {best.get('step', '-')}; the plot: {path}" if best else f"The plot: {path}")
+        print(f"The plot: {path}")
 
 
 def show_neighbours(args, evaluator, source, name, tell):

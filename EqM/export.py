@@ -28,22 +28,14 @@ from EqM import architecture, cli
 from EqM.data import media
 from EqM.engine.ema import held_of_start
 from EqM.engine.precision import DTYPES, Precision
+from EqM.metrics.report import NAMES
 from EqM.pipeline import EqMPipeline, young
 from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError, printable, reason
 from EqM.run.exported import AUTOENCODER, CARD, CONFIG, FORMAT, WEIGHTS
 from EqM.transport import C_DEFAULTS
 
-FIGURES = (
-    "Train Loss",
-    "Val Loss",
-    "EMA Val Loss",
-    "FID",
-    "sFID",
-    "Inception Score",
-    "FVD",
-    "Frame FID",
-)
+FIGURES = ("Train Loss", "Val Loss", "EMA Val Loss", *NAMES.values())  # on the card
 
 
 def parse_args():
@@ -179,7 +171,7 @@ def figures(source):
 
 def card(config, sheet, numbers):
     """The text of README.md."""
-    args, names = config["args"], config["class_names"] or []
+    args, names, advice = config["args"], config["class_names"] or [], config["advice"]
     shape = f"{args['clip_len']} frames of " if args["video"] else ""
     title = f"{args['model']}, {shape}{args['image_size']} x {args['image_size']}"
     classes = ", ".join(map(printable, names[:20])) + (", ..." if len(names) > 20 else "")
@@ -202,7 +194,7 @@ def card(config, sheet, numbers):
         + (f" at step {config['step']:,}" if config["step"] else "")
         + f", {config['precision']} |",
         f"| autoencoder | {args['vae']} |",
-        *(f"| {name.replace('_', ' ')} | {value} |" for name, value in config["advice"].items()),
+        *(f"| {name.replace('_', ' ')} | {advice[name]} |" for name in cli.settings_read(advice)),
         *(f"| {name} | {value} (step {step:,}) |" for name, (value, step) in numbers.items()),
     ]
     return "\n".join(lines) + "\n"

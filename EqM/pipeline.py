@@ -88,8 +88,9 @@ class EqMPipeline:
         tell: Callable[[str], Any] = print,
         **model_flags: Any,
     ) -> EqMPipeline:
-        """The model of a checkpoint, or of the newest one in a run folder.
+        """The model of a checkpoint, of the newest one in a run folder, or of what export.py took away.
 
+        path: of one of these; an export's may be its name on the hub, user/name.
         precision: fp32, bf16 or fp16, whatever it was trained in. device: left out, the GPU where there is one.
         weights: "ema", "model" for those that were trained, or one of several averages by name ("ema-0.999").
         model_flags: what the checkpoint does not say, named as sample_gd.py's flags (model, image_size, num_classes,
@@ -181,6 +182,10 @@ class EqMPipeline:
         """
         if classes is None:
             return [seeds.sample_seed(seed, i, LABEL) % self.model.num_classes for i in indices]
+        if isinstance(classes, str):
+            raise UserError(f"classes is one text, {classes!r}; give a list, [{classes!r}]")
+        if not len(classes):
+            raise UserError("classes is empty; name some, or give None for labels at random")
         if list(classes) == ["all"] and "all" not in self.class_names:
             return [i % len(self.class_names) for i in indices]
         wanted = [self.composition.asked(name) for name in classes]
@@ -199,6 +204,8 @@ class EqMPipeline:
         start: uint8 images (H, W, 3) or clips (T, H, W, 3), sample i's being start[i % len(start)]; encoded by the
         posterior's mean. The model is not told n. Raises UserError if they are of another size than what it makes.
         """
+        if start is not None and not len(start):
+            raise UserError("start is empty; give images or clips, or None for noise alone")
         noise = self.noise(indices, seed)
         if start is None or start_noise == 1:
             return noise
@@ -211,8 +218,9 @@ class EqMPipeline:
     def field(self, x: Tensor, labels: Sequence[str | int | Asked] | Tensor, t: Tensor | None = None) -> Tensor:
         """What a sampler climbs at x, shaped like x (N, C, [T,] h, w): minus the gradient of the energy.
 
-        labels: one for each sample, or a sum of classes; num_classes is the null label. t: (N,) in [0, 1], for models
-        that are conditioned on time; left out, 0.
+        labels: one for each sample, or a sum of classes; "none" or composition.null_label, the number of class_names,
+        is the label of no class, which `also` moves. t: (N,) in [0, 1], for models that are conditioned on time; left
+        out, 0.
         """
         return self.guided(labels, 1.0)(x, torch.zeros(len(x), device=x.device) if t is None else t)
 
@@ -282,7 +290,10 @@ class EqMPipeline:
 
         batch_size descend at once for as long as others wait: one that is done makes room for the next.
         start, start_noise: as `starts` takes them. progress wraps the count of updates. how: as `descend` takes it.
+        Raises UserError if batch_size is below 1, or for what `starts` refuses.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         descent = self._descent(indices, seed=seed, **how)
         chunks = (indices[first : first + batch_size] for first in range(0, len(indices), batch_size))
         waiting = (x for chunk in chunks for x in self.starts(chunk, seed, start, start_noise))
@@ -352,8 +363,10 @@ class EqMPipeline:
         """Samples 0 to num_samples - 1 of a seed, as sample_gd.py writes them for the same seed and batch size.
 
         classes: names, numbers or sums of them ("panda*0.7+valley*0.3"), taken in turn; None draws labels at random.
-        how: as draw takes it.
+        how: as draw takes it. Raises UserError for classes that do not exist, and for numbers below 1.
         """
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}; it must be at least 1")
         labels = self.labels(classes, range(num_samples), seed)
         latents = torch.empty(num_samples, *self.model.input_shape, device=self.device)
         ended: dict[int, tuple[np.ndarray, int]] = {}

@@ -19,12 +19,13 @@ if __name__ == "__main__":
     stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
 import csv
+import os
 
 import numpy as np
 import torch
 
 from EqM import cli
-from EqM.data import files, loader, media
+from EqM.data import loader, media, tables
 from EqM.engine import precision
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
@@ -42,13 +43,18 @@ def parse_args():
     precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("scores")
-    group.add_argument("--ckpt", required=True, help="checkpoint; its EMA weights judge")
-    group.add_argument("--data-path", required=True, help="files to score: <class>/<file>, or a flat folder")
-    group.add_argument("--against", help="another such folder, of what is not the data")
+    group.add_argument("--ckpt", required=True, help="checkpoint")
+    group.add_argument("--weights", default="ema", help="of it: ema, model, or one of several averages, as ema-0.999")
+    group.add_argument("--data-path", required=True, help="files to score: as train.py's, or a flat folder of no class")
+    group.add_argument("--against", help="other such data, of what is not the data")
+    group.add_argument("--csv", help="labels of flat folders of clips: video_name,tag")
+    group.add_argument("--image-column", help="of parquet, Arrow and hf: data; left out: found")
+    group.add_argument("--label-column", help="of such data; left out: found")
+    group.add_argument("--frame-interval", type=cli.positive_int, help="as in training; left out: whole clip")
     group.add_argument(
         "--class", dest="label", metavar="CLASS",
-        help="judge every file under this class, by name or number, or under none; left out: each under the class of "
-        "its folder, and under none with --against",
+        help="judge every file under this class, by name or number, under a sum of classes, or under none; left out: "
+        "each under its own, and under none with --against",
     )  # fmt: skip
     group.add_argument("--folder", default="scores", help="where scores.csv and the pictures go")
     group.add_argument("--batch-size", type=cli.positive_int, default=64, help="files at once")
@@ -57,25 +63,15 @@ def parse_args():
     return parser.parse_args()
 
 
-def open_files(path, args):
-    """What to score in a folder, as LabelledFiles; in a flat one the only class is None."""
-    if Path(path).is_dir() and not any(entry.is_dir() for entry in Path(path).iterdir()):
-        paths = files.flat_files(path, args.video)
-        labels, class_names = [0] * len(paths), [None]
-    else:
-        paths, labels, class_names = files.find_files(path, args.video)
-    clip_len = args.clip_len if args.video else None
-    return files.LabelledFiles(paths, labels, class_names, args.image_size, clip_len, flip=False)
-
-
-def labels_of(pipe, dataset, wanted):
-    """The model's label for each class of a dataset. wanted: one for all, None for each class's own."""
-    null = pipe.model.num_classes
-    names = dataset.class_names if wanted is None else [wanted] * len(dataset.class_names)
+def labels_of(pipe, dataset, args, path):
+    """The model's label, or sum of labels, for each class of a dataset, which lies at path."""
+    names = [args.label] * len(dataset.class_names) if args.label is not None or args.against else dataset.class_names
     try:
-        return [null if name in (None, "none") else pipe.labels([name], [0])[0] for name in names]
+        return [pipe.composition.null_label if name is None else pipe.composition.asked(name) for name in names]
     except UserError as error:
-        raise UserError(f"{error}; --class none judges files of any class") from None
+        whose = f"{path}: " if args.label is None else "--class "
+        message = str(error).removeprefix("--classes ")
+        raise UserError(f"{whose}{message}; --class none judges files of any class") from None
 
 
 def scores(pipe, dataset, labels, args, name):
@@ -83,13 +79,14 @@ def scores(pipe, dataset, labels, args, name):
     keys = [[(0, i) for i in range(n, min(n + args.batch_size, len(dataset)))]
             for n in range(0, len(dataset), args.batch_size)]  # fmt: skip
     bad_files = loader.BadFiles(dataset, args.max_bad_fraction, lambda line: cli.complain(line))
-    labels, found = torch.tensor(labels), []
+    found = []
     for pixels, classes, bad in progress(
         loader.read(dataset, keys, args.num_workers, pipe.device.type == "cuda"), desc=name, total=len(keys)
     ):
         bad_files.note(bad)
         x = pipe.encode(pixels.movedim(1, -1))
-        found.append((bad < 0, pipe.score(x, labels[classes])))  # a bad file has another one in its place
+        asked = [labels[own] for own in classes.tolist()]
+        found.append((bad < 0, pipe.score(x, asked)))  # a bad file has another one in its place
     good = torch.cat([part for part, _ in found]).numpy()
     values = torch.cat([part for _, part in found]).double().cpu().numpy()
     if not np.isfinite(values[good]).all():
@@ -110,11 +107,11 @@ def main():
     if ranks.world_size > 1:
         raise UserError("score.py runs as one process; start it without torchrun")
     run_in = precision.activate_flags(args, ranks.device)
-    pipe = EqMPipeline.from_saved(checkpoint.load(args.ckpt), args.ckpt, args, run_in)
-    wanted = "none" if args.against and args.label is None else args.label
-    folders = [path for path in (args.data_path, args.against) if path]
-    datasets = [open_files(path, args) for path in folders]
-    labels = [labels_of(pipe, dataset, wanted) for dataset in datasets]
+    pipe = EqMPipeline.from_saved(checkpoint.load(args.ckpt), args.ckpt, args, run_in, args.weights)
+    given = {"--data-path": args.data_path, "--against": args.against}
+    folders = [path for path in given.values() if path]
+    datasets = [tables.open_any(path, args, flag) for flag, path in given.items() if path]
+    labels = [labels_of(pipe, dataset, args, path) for dataset, path in zip(datasets, folders, strict=True)]
     folder = Path(args.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,14 +133,14 @@ def main():
 
 def write_table(path, pipe, folders, datasets, labels, judged):
     """scores.csv: folder, file, the class it was judged under, score."""
-    names = [*map(printable, pipe.class_names), "none"]  # the null label follows the last
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["folder", "file", "class", "score"])
         for folder, dataset, own, (indices, values) in zip(folders, datasets, labels, judged, strict=True):
+            names = [printable(pipe.composition.written(label)[1]) for label in own]
             for index, value in zip(indices, values, strict=True):
-                name = Path(dataset.path(index)).relative_to(folder)
-                rows.writerow([printable(folder), printable(name), names[own[dataset.labels[index]]], f"{value:.8g}"])
+                name = dataset.path(index).removeprefix(os.path.join(Path(folder), ""))
+                rows.writerow([printable(folder), printable(name), names[dataset.labels[index]], f"{value:.8g}"])
 
 
 def draw_histogram(path, kind, folders, judged):
@@ -168,7 +165,7 @@ def draw_extremes(path, datasets, judged):
     shown = every[:SHOWN] + every[max(SHOWN, len(every) - SHOWN) :]
     pixels = [dataset.read(index, 0).numpy() for _, dataset, index in shown]
     clips = [item.transpose(1, 2, 3, 0) if item.ndim == 4 else item.transpose(1, 2, 0)[None] for item in pixels]
-    names = [f"{value:.4g} {printable(Path(dataset.path(index)).name)}" for value, dataset, index in shown]
+    names = [f"{value:.4g} {printable(os.path.basename(dataset.path(index)))}" for value, dataset, index in shown]
     media.contact_sheet(clips, names, columns=SHOWN if clips[0].shape[0] == 1 else 2).save(path)
 
 

@@ -35,7 +35,8 @@ def evaluate(run_script, weights, tmp_path):
     """evaluate(*flags): the outcome, with .told (the JSON) and .figures of the first result."""
 
     def run(*flags, out="r.json"):
-        result = run_script("evaluate", *flags, "--inception", weights, "--json", tmp_path / out, "--device", "cpu")
+        kept = [] if "--make-reference" in flags else ["--json", tmp_path / out]
+        result = run_script("evaluate", *flags, "--inception", weights, *kept, "--device", "cpu")
         if result.code == 0 and (tmp_path / out).exists():
             result.told = json.loads((tmp_path / out).read_text())
             result.figures = result.told["results"][0]
@@ -60,7 +61,8 @@ def image_ckpt(tmp_path):
 
 
 def same(one, other):
-    assert one.keys() == other.keys()
+    assert one.keys() == other.keys() and one.get("checkpoint") == other.get("checkpoint")
+    one = {name: value for name, value in one.items() if name != "checkpoint"}
     assert [one[name] for name in one] == pytest.approx([other[name] for name in one], rel=1e-9, abs=1e-12)
 
 
@@ -103,10 +105,10 @@ def test_a_checkpoint_is_judged_by_the_samples_that_the_sampler_writes(
     assert (tmp_path / "s" / "labels.csv").read_text().count("owl") == 4, "each of three classes equally often"
     judged = evaluate("--ckpt", image_ckpt, "--reference", real, *flags, "--keep-samples", tmp_path / "kept")
     assert judged.code == 0, judged.err
-    assert judged.figures.pop("step") == 3
+    assert judged.figures.pop("step") == 3 and judged.figures.pop("checkpoint") == str(image_ckpt)
     same(evaluate("--samples", tmp_path / "s", "--reference", real).figures, judged.figures)
     assert evaluate("--samples", tmp_path / "s", "--reference", real).told["protocol"]["judged"]["count"] == 12
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").glob("*.png")}
     assert kept == {path.name: path.read_bytes() for path in (tmp_path / "s").glob("0*.png")}
     told = judged.told["protocol"]["judged"]
     assert told["sampler"]["sampler"] == "langevin" and told["classes"] == ["all"] and told["precision"] == "fp32"
@@ -123,7 +125,7 @@ def test_a_run_folder_is_a_table_a_plot_and_the_best(evaluate, real, tmp_path):
     results = result.told["results"]
     assert [each["step"] for each in results] == [9, 10] and results[0]["fid"] != results[1]["fid"]
     best = min(results, key=lambda each: each["fid"])["step"]
-    assert f"Best: step {best};" in result.out
+    assert f"Best: step {best}, {run / f'{best:07d}.pt'}\n" in result.out
     with Image.open(tmp_path / "r.png") as plot:
         assert plot.width > 500
 
@@ -181,7 +183,37 @@ def test_checkpoints_without_steps_are_a_table_alone(evaluate, real, tmp_path):
         checkpoint.save(path, {name: content[name] for name in ("model", "ema", "args")})
     result = evaluate("--ckpt", *paths, "--reference", real, *SHORT)
     assert result.code == 0, result.err
-    assert [list(each) for each in result.told["results"]] == [ALL, ALL] and not (tmp_path / "r.png").exists()
+    assert [list(each) for each in result.told["results"]] == [[*ALL, "checkpoint"]] * 2 and not (
+        tmp_path / "r.png"
+    ).exists()
+
+
+def test_checkpoints_of_one_name_share_nothing_and_their_samples_are_never_mixed(evaluate, real, tmp_path):
+    paths = [save_checkpoint(tmp_path / name / "checkpoints/0000003.pt", IMAGE_ARGS, seed=seed)
+             for seed, name in enumerate("ab")
+             if not (tmp_path / name / "checkpoints").mkdir(parents=True)]  # fmt: skip
+    flags = ["--ckpt", *paths, paths[0], "--reference", real, *SHORT, "--keep-samples", tmp_path / "kept"]
+    result = evaluate(*flags, "--neighbours", 1)
+    assert result.code == 0, result.err
+    assert [each["checkpoint"] for each in result.told["results"]] == list(map(str, paths)), "none of them twice"
+    assert all(f"  {path}\n" in result.out for path in paths), "the table tells them"
+    best = min(result.told["results"], key=lambda each: each["fid"])
+    assert f"Best: step 3, {best['checkpoint']}\n" in result.out
+    kept = [sorted((tmp_path / "kept" / name).glob("*.png")) for name in ("a-0000003", "b-0000003")]
+    assert [len(files) for files in kept] == [12, 12] and kept[0][0].read_bytes() != kept[1][0].read_bytes()
+    assert len(list(tmp_path.glob("r-neighbours-?-0000003.png"))) == 2
+    assert evaluate(*flags).code == 0, "the same samples are made again"
+    other = evaluate(*flags, "--global-seed", 1)
+    assert other.code == 2 and "a-0000003 holds other samples; choose another" in other.err
+
+
+def test_what_is_printed_of_the_sampler_is_what_it_reads(evaluate, image_ckpt, real, image_folder, tmp_path):
+    result = evaluate("--ckpt", image_ckpt, "--reference", real, *SHORT, "--sampler", "ngd")
+    words = "sampler --sampler ngd --num-sampling-steps 4 --stepsize 0.1 --mu 0.3 --cfg-scale 1.0,"
+    assert words in result.out, result.out
+    assert result.told["protocol"]["judged"]["sampler"]["beta1"] == 0.9, "the file keeps all"
+    made = evaluate("--make-reference", image_folder, "--out", tmp_path / "ref.npz", "--image-size", 8)
+    assert "made_by: EqM\n" in made.out and "{" not in made.out
 
 
 def clips(tmp_path, name, frames, seed):
@@ -222,7 +254,7 @@ def test_short_clips_have_the_fid_of_their_frames_alone(evaluate, i3d_file, clip
     ckpt = save_checkpoint(tmp_path / "clip.pt", CLIP_ARGS)
     result = evaluate("--ckpt", ckpt, "--reference", tmp_path / "ref.npz", "--i3d", i3d_file, *SHORT)
     assert result.code == 0, result.err
-    assert list(result.figures) == ["frame_fid", "step"]
+    assert list(result.figures) == ["frame_fid", "step", "checkpoint"]
     assert "no FVD: it wants 16 frames, and these clips have 4" in result.out
 
 
@@ -267,10 +299,19 @@ def test_few_samples_are_a_warning_with_the_number(evaluate, samples, real, tmp_
         ("--make-reference {none} --out {none} --image-size 8", "is not a folder"),
         ("--samples {samples}", "need --reference"),
         ("--make-reference {samples}", "needs --out"),
+        (
+            "--make-reference {clips} --out {none} --image-size 8",
+            "--make-reference .*clips.* holds no images; add --video",
+        ),
+        ("--make-reference {samples} --out {cut}", "--out .*cut.npz exists already; choose another"),
+        ("--make-reference {samples} --out {none} --json r.json", "--json: no effect with --make-reference"),
+        ("--samples {samples} --reference {real} --mu 0.2 --stepsize 0.1", "--stepsize and --mu: no effect"),
+        ("--samples {samples} --reference {real} --csv x", "--csv: no effect with --samples"),
+        ("--ckpt {ckpt} --reference {real} --keep-samples {samples}", "holds 000.png and more .*; choose another"),
         ("--reference {real}", "one of the arguments"),
     ],
 )
-def test_bad_input_is_one_line(evaluate, samples, real, image_ckpt, tmp_path, flags, words):
+def test_bad_input_is_one_line(evaluate, samples, real, image_ckpt, clip_folder, tmp_path, flags, words):
     big = write_pictures(tmp_path / "big", 2, size=16)
     write_pictures(tmp_path / "mixed", 3)
     Image.new("RGB", (16, 16)).save(tmp_path / "mixed" / "9.png")
@@ -287,7 +328,8 @@ def test_bad_input_is_one_line(evaluate, samples, real, image_ckpt, tmp_path, fl
     names = ("cut", "floats", "other", "foreign", "half", "strange")
     places = {name: tmp_path / f"{name}.npz" for name in names}
     places |= {name: tmp_path / name for name in ("empty", "mixed", "odd", "none")}
-    filled = flags.format(samples=samples, real=real, big=big, ckpt=image_ckpt, **places).split()
+    places |= {"samples": samples, "real": real, "big": big, "ckpt": image_ckpt, "clips": clip_folder}
+    filled = flags.format(**places).split()
     before = {path.name for path in tmp_path.iterdir()}
     result = evaluate(*filled)
     assert result.code == 2 and re.search(words, result.err), result.err

@@ -59,6 +59,7 @@ def test_the_card_shows_samples_settings_and_the_runs_last_figures(run_script, t
     result = take_away(folder)
     card = (result.folder / "README.md").read_text()
     assert "# EqM-T/4, 8 x 8" in card and "| classes | 2: cat, dog |" in card and "| stepsize | 0.1 |" in card
+    assert not any(f"| {name} |" in card for name in ("mu", "beta1", "temperature", "rtol")), "which gd does not read"
     last = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")[1]
     assert f"| Train Loss | {last} (step 2) |" in card and "samples.png" in card
     config = json.loads((result.folder / "config.json").read_text())

@@ -272,6 +272,33 @@ def test_weights_and_what_is_wrong_with_a_call(image_ckpt, tmp_path):
             open_pipe(image_ckpt, **more)
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"classes": []}, "classes is empty"),
+        ({"classes": "cat"}, r"classes is one text, 'cat'; give a list, \['cat'\]"),
+        ({"start": []}, "start is empty"),
+    ],
+)
+def test_a_call_for_nothing_says_so(image_ckpt, call, words):
+    with pytest.raises(UserError, match=words):
+        open_pipe(image_ckpt)(**call, **SHORT)
+
+
+def test_what_is_written_of_any_label_is_read_back(image_ckpt, tmp_path):
+    composition = open_pipe(image_ckpt).composition
+    for text in ("cat", "dog*0.5", "cat+owl*-1", "cat+cat*-1"):
+        asked = composition.asked(text)
+        assert composition.asked(composition.written(asked)[1]) == asked
+    assert composition.written(composition.asked("cat+cat*-1"))[1] == "none" and composition.asked("none") == 3
+    called_so = open_pipe(save_checkpoint(tmp_path / "so.pt", IMAGE_ARGS, names=["cat", "none", "owl"]))
+    assert called_so.composition.asked("none") == 1
+    other = save_checkpoint(tmp_path / "other.pt", IMAGE_ARGS, names=["emu", "cat", "fox"])
+    assert open_pipe(image_ckpt).also(other).labels(["none"], [0]) == [5], "after the classes of both"
+
+
 def test_what_the_readme_shows_runs(tmp_path, monkeypatch):
     """As it stands, on a run of this name."""
     text = (REPO / "README.md").read_text(encoding="utf-8")

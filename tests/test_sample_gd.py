@@ -417,3 +417,21 @@ def test_clips_stop_and_start_from_clips_in_every_precision(sample, clip_ckpt, n
     flags = ["--start", first.folder, "--start-noise", 0.3, "--classes", "cat+dog", "--sampler", "adam"]
     second = sample(clip_ckpt, *flags, *PRECISIONS[name], folder="second")
     assert second.code == 0 and column(second.folder, "start") == [path.name for path in first.files]
+
+
+def test_a_single_point_moves_no_start_and_is_summed_up_all_the_same(sample, image_ckpt, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    flags = [
+        "--num-sampling-steps",
+        1,
+        "--start",
+        tmp_path / "red.png",
+        "--start-noise",
+        0,
+        "--stop-norm",
+        3,
+        "--trace",
+    ]
+    result = sample(image_ckpt, *flags)
+    assert result.code == 0, result.err
+    assert "0.0 of 0 on average" in result.out and all((x == [255, 0, 0]).all() for x in result.pixels)

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from EqM import score
+from EqM.data import tables
 from EqM.pipeline import EqMPipeline
 from helpers import CLIP_ARGS, IMAGE_ARGS, save_checkpoint
 
+OPEN = {"csv": None, "image_column": None, "label_column": None, "frame_interval": None, "global_seed": 0}
 PRECISIONS = {"fp32": ([], 1e-4), "bf16": (["--use-bf16"], 0.05), "fp16": (["--use-amp"], 0.01)}
 
 
@@ -38,8 +40,8 @@ def run(run_script, tmp_path):
 def by_hand(folder, ckpt, rows):
     """Energy or norm of each row's file from the network itself, at time 1, as pixels in FP32."""
     pipe = EqMPipeline.from_pretrained(ckpt, device="cpu")
-    args = Namespace(image_size=8, video=len(pipe.model.input_shape) == 4, clip_len=4)
-    dataset = score.open_files(folder, args)
+    args = Namespace(image_size=8, video=len(pipe.model.input_shape) == 4, clip_len=4, **OPEN)
+    dataset = tables.open_any(folder, args, "--data-path")
     places = {dataset.path(i): i for i in range(len(dataset))}
     for row in rows:
         x = dataset.read(places[str(folder / row["file"])], 0)[None] / 127.5 - 1
@@ -94,6 +96,53 @@ def test_two_folders_are_told_apart_under_no_class_unless_one_is_named(run, imag
     assert {row["class"] for row in named.rows} == {"cat"}
     assert [row["score"] for row in named.rows] != [row["score"] for row in plain.rows]
 
+    summed = run(IMAGE_ARGS, image_folder, "--class", "cat*0.5+dog*0.5", folder="summed")
+    assert summed.code == 0, summed.err
+    assert {row["class"] for row in summed.rows} == {"cat*0.5+dog*0.5"}
+    assert [row["score"] for row in summed.rows] != [row["score"] for row in named.rows[:6]]
+
+
+def test_a_class_called_none_is_not_taken_for_no_class(tmp_path):
+    names = ["cat", "none", "owl"]
+    pipe = EqMPipeline.from_pretrained(save_checkpoint(tmp_path / "x.pt", IMAGE_ARGS, names=names), device="cpu")
+    flat, classed = Namespace(class_names=[None]), Namespace(class_names=["none", "cat"])
+    for dataset, label, against, expected in [
+        (flat, None, None, [3]), (flat, "none", None, [1]), (classed, None, None, [1, 0]), (classed, None, "x", [3, 3]),
+    ]:  # fmt: skip
+        assert score.labels_of(pipe, dataset, Namespace(label=label, against=against), "data") == expected
+
+
+def test_the_weights_that_judge_are_chosen_by_name(run, flat_folder):
+    assert len(run(IMAGE_ARGS, flat_folder, "--weights", "model").rows) == 3
+    unknown = run(IMAGE_ARGS, flat_folder, "--weights", "ema-0.5", folder="other")
+    assert unknown.code == 2 and "--weights ema-0.5" in unknown.err
+
+
+def test_a_samplers_folder_is_its_samples(run, flat_folder, monkeypatch):
+    monkeypatch.setattr(score, "draw_histogram", lambda *what: None)
+    for path in [*flat_folder.glob("*.png")]:
+        shutil.copy(path, flat_folder / f"00000{path.name}")
+        path.unlink()
+    shutil.copy(flat_folder / "000000.png", flat_folder / "grid.png")
+    (flat_folder / ".ipynb_checkpoints").mkdir()
+    assert [row["file"] for row in run(IMAGE_ARGS, flat_folder).rows][-1] == "grid.png", "of anybody's folder it counts"
+    (flat_folder / "samples.json").write_text("{}")
+    assert [row["file"] for row in run(IMAGE_ARGS, flat_folder).rows] == [f"00000{i}.png" for i in range(3)]
+
+
+def test_tables_are_scored_as_the_folder_they_were_made_of(run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "draw_histogram", lambda *what: None)
+    datasets = pytest.importorskip("datasets")
+    files = sorted(image_folder.glob("*/*.png"))
+    rows = {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in files],
+            "label": [path.parent.name for path in files]}  # fmt: skip
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+    table, folder = (
+        run(IMAGE_ARGS, data, folder=name) for name, data in (("a", tmp_path / "rows"), ("b", image_folder))
+    )
+    assert table.code == 0, table.err
+    assert [(row["class"], row["score"]) for row in table.rows] == [(row["class"], row["score"]) for row in folder.rows]
+
 
 def test_a_score_depends_on_no_batch(run, image_folder):
     one, all_at_once = (run(IMAGE_ARGS, image_folder, "--batch-size", n, folder=str(n)) for n in (1, 64))
@@ -121,11 +170,15 @@ def test_a_file_that_does_not_decode_is_named_and_has_no_score(run, flat_folder)
 @pytest.mark.parametrize(
     ("data", "flags", "words"),
     [
-        ("flat", ["--class", "emu"], "emu is no class"),
-        ("classes", [], "--class none judges files of any class"),
+        ("flat", ["--class", "emu"], "--class emu is no class"),
+        ("flat", ["--class", "cat+emu"], "--class cat+emu: 'emu' in 'cat+emu' is no class"),
+        ("flat", ["--class", "all"], "--class all is no class"),
+        ("classes", [], "classes: emu is no class of this checkpoint, which has 3: cat, dog, owl; --class none judges"),
+        ("all", [], "all is no class"),
         ("nowhere", [], "nowhere is not a folder"),
-        ("empty", [], "holds no images"),
-        ("flat", ["--against", "/nowhere"], "/nowhere is not a folder"),
+        ("empty", [], "--data-path .*empty holds no images"),
+        ("flat", ["--against", "/nowhere"], "--against /nowhere is not a folder"),
+        ("flat", ["--image-column", "x"], "--image-column and --label-column are for parquet"),
         ("flat", ["--folder", "/dev/null/scores"], "--folder /dev/null/scores cannot be made"),
         ("flat", ["--video"], "contradicts the checkpoint"),
     ],
@@ -133,8 +186,11 @@ def test_a_file_that_does_not_decode_is_named_and_has_no_score(run, flat_folder)
 def test_what_cannot_be_scored_is_one_line(run, flat_folder, tmp_path, data, flags, words):
     (tmp_path / "empty").mkdir()
     shutil.copytree(flat_folder, tmp_path / "classes" / "emu")
+    shutil.copytree(flat_folder, tmp_path / "all" / "all")
     result = run(IMAGE_ARGS, tmp_path / data, *flags)
-    assert result.code == 2 and result.err.count("\n") == 1 and words in result.err, result.err
+    assert result.code == 2 and result.err.count("\n") == 1 and re.search(words.replace("+", r"\+"), result.err), (
+        result.err
+    )
     assert not (tmp_path / "scores").exists()
 
 

@@ -56,7 +56,8 @@ def gather(folder, told=()):
 def summary(counts, most):
     """Mean and histogram of counts, as lines of text. most: what a sample that is never done takes."""
     mean, low, high = sum(counts) / len(counts), min(counts), max(counts)
-    lines = [f"Evaluations of the field: {mean:.1f} of {most} on average ({100 * mean / most:.0f} %), {low} to {high}"]
+    share = f" ({100 * mean / most:.0f} %)" if most else ""  # a single sampling point takes none
+    lines = [f"Evaluations of the field: {mean:.1f} of {most} on average{share}, {low} to {high}"]
     width = -(-(high - low + 1) // BINS)
     bins = [0] * -(-(high - low + 1) // width)
     for count in counts:

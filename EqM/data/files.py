@@ -25,6 +25,7 @@ from EqM.run.errors import UserError, printable
 CLIP_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 NO_PICTURES = ("MPEG", "EPS")  # Pillow only names the one, and runs another program for the other
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "__pycache__", "lost+found", "#recycle", "$RECYCLE.BIN")
+SAMPLES_NOTE = "samples.json"  # says what a folder of samples was made by
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 LONG = 32  # times its width; a longer picture is cut to its middle square before it is enlarged
 TURNS = {  # EXIF orientation to what shows the image upright
@@ -276,15 +277,34 @@ def find_files(root, clips, csv_path=None, tell=lambda line: None):
     return paths, labels, class_names
 
 
+def is_flat(root):
+    """Whether this is a folder that shows no folders. Raises UserError if it cannot be read."""
+    if not os.path.isdir(root):
+        return False
+    folders, links, _, _ = entries(root)
+    return not folders + links
+
+
 def flat_files(root, clips):
-    """The images or clips in a folder itself, by name. Raises UserError if there are none."""
+    """The images or clips, GIFs among them, in a folder itself, by name; of a sampler's folder the samples.
+
+    Raises UserError if there are none.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{printable(root)} is not a folder")
-    found = [root / name for name in entries(root)[2] if _is_wanted(os.path.join(root, name), clips)]
+    found = [root / name for name in visible(root)]
+    found = [path for path in found if _is_wanted(path, clips) or (clips and path.suffix.lower() == ".gif")]
+    found = without_pictures_of_samples(root, found)
     if not found:
         raise UserError(f"{printable(root)} holds no {'clips' if clips else 'images'}")
     return found
+
+
+def without_pictures_of_samples(folder, paths):
+    """Paths below a folder; where a sampler wrote it, without the contact sheet and traces beside the samples."""
+    made = (Path(folder) / SAMPLES_NOTE).exists()
+    return [path for path in paths if path.stem.isdecimal()] if made else paths
 
 
 def _is_wanted(path, clips):

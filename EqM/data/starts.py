@@ -39,15 +39,10 @@ class Starts(Sequence):
     def _in_folder(self, folder):
         if not folder.is_dir():
             raise UserError(f"--start {folder} is neither a file nor a folder")
-        kind, extensions = (
-            ("clips", (*files.CLIP_EXTENSIONS, ".gif")) if self.clip_len else ("images", files.image_extensions())
-        )
-        found = [name for name in files.visible(folder) if name.lower().endswith(extensions)]
-        if (folder / "samples.json").exists():  # beside the contact sheet and traces
-            found = [name for name in found if Path(name).stem.isdecimal()]
-        if not found:
-            raise UserError(f"--start {folder} holds no {kind}")
-        return [folder / name for name in found]
+        try:
+            return files.flat_files(folder, bool(self.clip_len))
+        except UserError as error:
+            raise UserError(f"--start {error}") from None
 
     def _shape(self, path):
         """(width, height) as it is shown, from as little of the file as says it."""

@@ -7,9 +7,20 @@ item's bytes take the same way as a file's. The package is imported when such da
 import hashlib
 import os
 import re
+from argparse import Namespace
 from pathlib import Path
 
-from EqM.data.files import CLIP_EXTENSIONS, LabelledItems, entries, open_files, size_and_time, some
+from EqM.data.files import (
+    CLIP_EXTENSIONS,
+    LabelledFiles,
+    LabelledItems,
+    entries,
+    flat_files,
+    is_flat,
+    open_files,
+    size_and_time,
+    some,
+)
 from EqM.run import resume
 from EqM.run.errors import UserError, printable, reason
 
@@ -20,6 +31,7 @@ COUNTS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16,
 IMAGES, CLIPS = ("image", "img", "file_name", "path"), ("video", "clip", "video_name", "file_name", "path")
 LABELS = ("label", "labels", "class", "cls", "tag", "category", "target")
 ROWS = 10_000  # that are looked at together
+NO_COLUMNS = "--image-column and --label-column are for parquet, Arrow and hf: data, and {} is none; leave them out"
 
 
 def open_data(args, flip):
@@ -27,11 +39,29 @@ def open_data(args, flip):
     if is_table(args.data_path):
         return open_table(args, flip)
     if args.image_column or args.label_column:
-        raise UserError(
-            f"--image-column and --label-column are for parquet, Arrow and hf: data, and --data-path "
-            f"{printable(args.data_path)} is none; leave them out"
-        )
+        raise UserError(NO_COLUMNS.format(f"--data-path {printable(args.data_path)}"))
     return open_files(args, flip)
+
+
+def open_any(path, args, flag):
+    """The LabelledItems of a data set, not mirrored, or of a flat folder without a CSV, whose only class is None.
+
+    args: --data-path's companions. flag: what the command calls the path. Raises UserError, which names that.
+    """
+    try:
+        if not is_flat(path) or args.csv or is_table(path):
+            return open_data(Namespace(**{**vars(args), "data_path": path}), flip=False)
+        if args.image_column or args.label_column:
+            raise UserError(NO_COLUMNS.format(f"--data-path {printable(path)}"))
+        try:
+            paths = flat_files(path, args.video)
+        except UserError as error:
+            raise UserError(f"--data-path {error}{'' if args.video else '; --video is for clips'}") from None
+    except UserError as error:
+        raise UserError(str(error).replace("--data-path", flag)) from None
+    length = args.clip_len if args.video else None
+    labels = [0] * len(paths)
+    return LabelledFiles(paths, labels, [None], args.image_size, length, args.frame_interval, False, args.global_seed)
 
 
 def is_table(data_path):

@@ -38,6 +38,7 @@ from EqM.measure.precisions_report import (
     yardstick,
 )
 from EqM.measure.report import machine
+from EqM.metrics.report import NAMES, ranked_by
 from EqM.run import distributed
 from EqM.run.errors import UserError, reason
 
@@ -239,8 +240,8 @@ def judged(args, trained, sampled, seeds):
         return None
     files = [figures_file(args, trained, sampled, seed) for seed in seeds]
     each = [json.loads(file.read_text(encoding="utf-8"))["results"][0] for file in files]
-    name = next(name for name in ("fvd", "fid", "frame_fid") if name in each[0])
-    return name.upper().replace("_", " "), [figures[name] for figures in each]
+    name = ranked_by(each)
+    return NAMES[name], [figures[name] for figures in each]
 
 
 def histories(args, seeds):

@@ -3,7 +3,7 @@
 import json
 import os
 
-from EqM.run.errors import UserError
+from EqM.run.errors import UserError, printable
 
 # name: heading, digits, and whether more is better
 FIGURES = {
@@ -17,13 +17,18 @@ FIGURES = {
     "fvd": ("FVD", 2, False),
     "frame_fid": ("FID of frames", 3, False),
 }
-RANKED_BY = ("fid", "fvd", "frame_fid")  # the first that is there says which checkpoint is best
+NAMES = {  # as logs, metrics.csv and cards have them
+    "fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "kid": "KID", "precision": "Precision",
+    "recall": "Recall", "fvd": "FVD", "frame_fid": "Frame FID",
+}  # fmt: skip
+RANKED_BY = ("fid", "fvd", "frame_fid")  # the lower, the better
 
 
 def table(results):
-    """A text table, a row for each result; what none of them has is left out."""
-    columns = [name for name in ("step", *FIGURES) if any(name in result for result in results)]
-    rows = [["step" if name == "step" else FIGURES[name][0] for name in columns]]
+    """A text table, a row for each result; what none of them has is left out, and of a single one its checkpoint."""
+    wanted = ("step", *FIGURES, *(["checkpoint"] if len(results) > 1 else []))
+    columns = [name for name in wanted if any(name in result for result in results)]
+    rows = [[FIGURES[name][0] if name in FIGURES else name for name in columns]]
     rows += [[_cell(name, result.get(name)) for name in columns] for result in results]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -32,7 +37,7 @@ def table(results):
 def _cell(name, value):
     if value is None:
         return "-"
-    return str(value) if name == "step" else f"{value:.{FIGURES[name][1]}f}"
+    return f"{value:.{FIGURES[name][1]}f}" if name in FIGURES else printable(value)
 
 
 def lines(protocol):
@@ -42,9 +47,14 @@ def lines(protocol):
         yield f"{name}: {', '.join(f'{key} {each}' for key, each in parts) if parts else value}"
 
 
+def ranked_by(results):
+    """The figure that says which result is best: FID, else FVD, else the FID of frames; None where none has one."""
+    return next((name for name in RANKED_BY if any(name in result for result in results)), None)
+
+
 def best(results):
-    """The result that is best by FID, else FVD, else the FID of frames; None where no result has one."""
-    name = next((name for name in RANKED_BY if any(name in result for result in results)), None)
+    """The result that is best by `ranked_by`; None where no result has such a figure."""
+    name = ranked_by(results)
     return None if name is None else min((r for r in results if name in r), key=lambda result: result[name])
 
 

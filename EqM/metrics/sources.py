@@ -126,37 +126,25 @@ def _listed(folder):
 
 
 def _below(folder):
-    made = folder / "samples.json"  # of a sampler that was stopped before it wrote labels.csv
+    """The files of a folder and of all below it; a sampler that was stopped has written no labels.csv."""
     found = []
     for here, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not files.is_system(name))
         found += [Path(here, name) for name in sorted(names) if not files.is_system(name)]
-    return [path for path in found if path.stem.isdecimal()] if made.exists() else found
+    return files.without_pictures_of_samples(folder, found)
 
 
 def _refuse(error):
     raise UserError(f"{printable(error.filename)} cannot be read: {error.strerror}") from None
 
 
-def data_as_trained(path, args):
+def data_as_trained(path, args, flag):
     """A data set, each item cropped as training crops it, of clips the window of frames that it takes first.
 
     args: image_size, video, clip_len, csv, image_column, label_column, frame_interval and global_seed, as train.py's.
-    A folder of images without classes will do too.
+    flag: what the command calls the path. A flat folder will do too.
     """
-    folder = Path(path)
-    flat = folder.is_dir() and not args.csv and not tables.is_table(path)
-    if flat and not any(each.is_dir() for each in folder.iterdir()):
-        kind = files.CLIP_EXTENSIONS if args.video else files.image_extensions()
-        paths = [each for each in _below(folder) if each.suffix.lower() in kind]
-        if not paths:
-            raise UserError(f"{printable(path)} holds no {'clips' if args.video else 'images; --video is for clips'}")
-        length = args.clip_len if args.video else None
-        data = files.LabelledFiles(
-            paths, [0] * len(paths), [""], args.image_size, length, args.frame_interval, False, args.global_seed
-        )
-    else:
-        data = tables.open_data(Namespace(**{**vars(args), "data_path": path}), flip=False)
+    data = tables.open_any(path, args, flag)
     told = {"data": str(path), "crop": "training's centre crop", "size": args.image_size}
     if args.video:
         told |= {"frames": args.clip_len, "frame_interval": args.frame_interval}
@@ -234,7 +222,7 @@ class Drawn:
 
     shape: (H, W, 3) or (T, H, W, 3) of one. how: what EqMPipeline.draw takes. classes: as EqMPipeline.labels takes
     them. batch: samples at once on a rank; the last batch is filled up to it, so that the number of ranks changes
-    nothing. keep: a folder to write the samples to. recipe: what the weights are, to go on after a kill.
+    nothing. keep: a folder to write the samples to, see `claim`. recipe: what the weights are, to go on after a kill.
     """
 
     def __init__(self, pipe, count, shape, how, classes=("all",), seed=0, batch=64, keep=None, recipe=None):
@@ -262,7 +250,6 @@ class Drawn:
         return samples
 
     def _write(self, indices, samples):
-        self.keep.mkdir(parents=True, exist_ok=True)
         suffix = "gif" if self.is_clips else "png"
         paths = [self.keep / f"{index:06d}.{suffix}" for index in indices]
         with ThreadPoolExecutor(READERS) as pool:
@@ -270,6 +257,34 @@ class Drawn:
 
     def batches(self, wanted):
         return map(self.read, wanted)
+
+
+def check_free(folder):
+    """Raise UserError if a folder holds pictures or clips that no sampler said what they are made by."""
+    if not os.path.isdir(folder) or (Path(folder) / files.SAMPLES_NOTE).exists():
+        return
+    kinds = (*files.image_extensions(), *files.CLIP_EXTENSIONS)
+    found = [name for name in files.visible(folder) if name.lower().endswith(kinds)]
+    if found:
+        raise UserError(
+            f"--keep-samples {printable(folder)} holds {found[0]} and more that is not ours to replace; choose another"
+        )
+
+
+def claim(folder, made_by):
+    """Make a folder for samples, or go on in one that holds these: it says what they are made by, a JSON object.
+
+    Raises UserError if it holds anything else, or cannot be made.
+    """
+    check_free(folder)
+    note, made_by = Path(folder) / files.SAMPLES_NOTE, json.loads(json.dumps(made_by))
+    try:
+        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_by:
+            raise UserError(f"--keep-samples {printable(folder)} holds other samples; choose another")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(made_by, indent=1), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--keep-samples {printable(folder)} cannot be used for samples: {reason(error)}") from None
 
 
 def open_source(path, run_in=None, vae=None, tell=print):

@@ -5,17 +5,13 @@ from types import SimpleNamespace
 
 from EqM import cli
 from EqM.metrics import evaluation, features, reference
+from EqM.metrics.report import NAMES, ranked_by
 from EqM.metrics.sources import Drawn
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError
 
 DISTANCE = 249 * 0.0017  # of a published descent: updates x step size
-NAMES = {
-    "fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "kid": "KID", "precision": "Precision",
-    "recall": "Recall", "fvd": "FVD", "frame_fid": "Frame FID",
-}  # fmt: skip
-JUDGED_BY = ("fvd", "fid", "frame_fid")  # the first that there is: the lower, the better
 
 
 def add_flags(group):
@@ -77,7 +73,7 @@ class Quality:
         self.save(step)  # a stop while this goes on, which takes long, loses no step
         figures = self.evaluator.judge(self.samples, desc=f"samples of step {step}")
         self.log.step(step, {NAMES[name]: value for name, value in figures.items() if name in NAMES})
-        name = next((name for name in JUDGED_BY if name in figures), None)
+        name = ranked_by([figures])
         if self.args.keep_best and name:
             self._keep(step, name, figures[name])
 

@@ -25,4 +25,5 @@ def test_the_summary_holds_mean_share_and_every_sample(tmp_path):
     assert lines[0] == "Evaluations of the field: 26.2 of 49 on average (53 %), 10 to 49"
     assert len(lines) == 11 and sum(int(line.split()[-1]) for line in lines[1:]) == 5
     assert lines[1].split() == ["10", "to", "13", "#" * 40, "2"]
+    assert evaluations.summary([0, 0], 0).splitlines()[0].endswith("0.0 of 0 on average, 0 to 0")
     assert evaluations.summary([3, 3], 9).splitlines()[1].split() == ["3", "#" * 40, "2"]

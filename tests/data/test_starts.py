@@ -54,3 +54,11 @@ def test_other_sizes_and_what_cannot_be_read_are_refused(tmp_path, clip_len):
     numbered_clip(name, 4) if clip_len else picture(name, (8, 9))
     with pytest.raises(UserError, match="(32 x 32|8 x 9) pixels, and this model makes 8 x 8"):
         Starts(tmp_path, 8, clip_len)
+
+
+def test_of_a_samplers_folder_its_samples_alone_start(tmp_path):
+    for name in ("000000.png", "grid.png", "trace.png"):
+        picture(tmp_path / name)
+    assert len(Starts(tmp_path, 8)) == 3
+    (tmp_path / "samples.json").write_text("{}")
+    assert Starts(tmp_path, 8).names == ["000000.png"]
