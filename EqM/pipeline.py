@@ -379,7 +379,7 @@ class EqMPipeline:
 
 
 def young(saved: dict, weights: str) -> str | None:
-    """A line about an average that is still where it began, for the most part; None of all else.
+    """A line about an average that still holds much of where it began; None of all else.
 
     saved: as checkpoint.load. weights: as checkpoint.weights_named.
     """

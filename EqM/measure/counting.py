@@ -119,6 +119,49 @@ class Count(TorchDispatchMode):
             self.total -= size
 
 
+def once_a_chunk(function, count):
+    """A function of chunks (n, ...) that runs once for each shape: later, what it took then is counted without running.
+
+    It gives a tuple of tensors (n, ...), of any values where it did not run, and keeps no other memory. What is
+    returned takes another argument, the size of a chunk: many that follow one of it may come together, (k size, ...).
+    """
+    known = {}  # by shape: (kernels, bytes moved, products, bytes at most beside the results, results as _described)
+
+    def run(x):
+        kernels, moved, products = Counter(count.by_name), count.moved, Counter(count.products)
+        peak, count.peak = count.peak, count.total
+        results = function(x)
+        taken = Counter(count.by_name) - kernels, count.moved - moved, Counter(count.products) - products
+        known[x.shape] = (*taken, count.peak - count.total, [_described(each) for each in results])
+        count.peak = max(peak, count.peak)
+        return results
+
+    def call(x, size):
+        shape = torch.Size((min(len(x), size), *x.shape[1:]))
+        if shape not in known:
+            return run(x)
+        times = len(x) // shape[0]
+        kernels, moved, products, most, results = known[shape]
+        for name, launched in kernels.items():
+            count.by_name[name] += times * launched
+        for key, operations in products.items():
+            count.products[key] += times * operations
+        count.moved += times * moved
+        made = tuple(
+            torch.empty(times * held, dtype=dtype, device=x.device)[: times * size].view(-1, *rest)
+            for held, size, dtype, rest in results
+        )
+        count._took(most)
+        return made
+
+    return call
+
+
+def _described(tensor):
+    """(elements of its storage, its own, dtype, shape but for the first dimension)."""
+    return tensor.untyped_storage().nbytes() // tensor.itemsize, tensor.numel(), tensor.dtype, tensor.shape[1:]
+
+
 def traffic(func, name, args, kwargs, made):
     """Bytes that an operation must read and write: every operand once, a broadcast one as often as it stands there."""
     written, read = [], []

@@ -43,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Namespace]:
     """(own flags, train.py's), of which none has to say where data is."""
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.usage = "python -m EqM.measure.estimate [--card CARD | --memory GB] [--ranks N] [flags of train.py]"
+    parser.epilog = "What the step is, flags of train.py say: see `python EqM/train.py --help`. None has to name data."
     add = parser.add_argument
     add("--card", choices=CARDS, help="whose memory and speed count; h100, unless --memory is given alone")
     add("--memory", type=cli.positive, help="GB, as cards are labelled; left out: the card's")
@@ -61,6 +62,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Namespace]:
     on_cpu = args.device == "cpu"
     given.card = None if on_cpu or (given.memory and not given.card) else CARDS[given.card or "h100"]
     given.memory = given.memory or (_memory_here() if on_cpu else given.card.memory)
+    given.context = 0.0 if on_cpu else CONTEXT
+    if room(given.memory, given.context) <= 0:
+        parser.error(f"--memory {given.memory:g}: CUDA's context and libraries alone take {CONTEXT:g} GiB; give more")
     return given, args
 
 
@@ -72,9 +76,9 @@ def _memory_here():
         return 16
 
 
-def room(memory: float) -> int:
-    """Bytes for tensors on a card of so many GB."""
-    return int(GIB * (memory * (1 - SPARE) - CONTEXT))
+def room(memory: float, context: float = CONTEXT) -> int:
+    """Bytes for tensors on a card of so many GB. context: GiB for CUDA's context, which a CPU has not."""
+    return int(GIB * (memory * (1 - SPARE) - context))
 
 
 class Search:
@@ -147,11 +151,12 @@ def figures(args: Namespace, name: str, given: Namespace) -> tuple[dict[str, Any
     with rehearsal(args, name, card.capability if card else AMPERE, shards) as run:
         search = Search(run, min(passes, 2))
         step, other = search.step(batch), search.step(batch // 2 or 2)
-        largest = search.largest(room(given.memory))
+        most = room(given.memory, given.context)
+        largest = search.largest(most)
         first = run(batch) if passes > 2 else step
         beside = largest  # with gradients of the passes before
-        if passes == 1 and step.peak > room(given.memory):
-            beside = search.largest(room(given.memory) - step.parts["gradients"])
+        if passes == 1 and step.peak > most:
+            beside = search.largest(most - step.parts["gradients"])
         tokens, channels = run.model.pos_embed.shape[1:]
         depth = len(run.model.blocks)
     kept = step.block - other.block
@@ -195,7 +200,7 @@ def ways(args: Namespace, given: Namespace, asked: str, known: dict[str, Any]) -
     for name, more in tried:
         settled = Namespace(**{**vars(args), **more})
         taken, beside = figures(settled, name, given) if more else known[name]
-        if taken["peak"] <= room(given.memory):
+        if taken["peak"] <= room(given.memory, given.context):
             passes = args.grad_accum_steps
         else:
             fitting = (k for k in range(args.grad_accum_steps + 1, total + 1) if not total % k and total // k <= beside)
@@ -228,7 +233,7 @@ def verdict(args: Namespace, given: Namespace, known: dict[str, Any]) -> str:
     asked = precision.name_of(args)
     if not known[asked]:
         return f"{given.card.name} has no units for {asked}; train.py refuses it there."
-    peak, most = known[asked][0]["peak"], room(given.memory)
+    peak, most = known[asked][0]["peak"], room(given.memory, given.context)
     of = f"{peak / GIB:.1f} of {most / GIB:.1f} GiB in {asked}"
     if peak <= most:
         return f"It fits: {of}."
@@ -243,9 +248,10 @@ def verdict(args: Namespace, given: Namespace, known: dict[str, Any]) -> str:
 def notes(args, given):
     """What the figures are of, and what is not in them."""
     card = given.card
+    context = f"{given.context:g} GiB for CUDA's context and libraries, " if given.context else ""
     lines = [
-        f"Each part's own most; peak is the most of all at one moment. Of {given.memory:g} GB {CONTEXT:g} GiB are left "
-        f"to CUDA's context and libraries, and {SPARE:.0%} to gaps between tensors: allowances, not counted."
+        f"Each part's own most; peak is the most of all at one moment. Left free of {given.memory:g} GB: {context}"
+        f"{SPARE:.0%} for gaps between tensors; allowances, not counted."
     ]
     if card:
         lines.append(

@@ -100,6 +100,13 @@ def like_cuda(capability, on_gradient=lambda parameter: None):
         yield
 
 
+@contextmanager
+def fake_cpu(on_gradient=lambda parameter: None):
+    """A CPU whose tensors are fake: fake_tensors, of which what is read is 1, or True."""
+    with fake_tensors(on_gradient), Border(AMPERE, strict=False, card="cpu"):
+        yield
+
+
 class _NoDriver(FakeTensorMode):
     avoid_device_init = True  # keeps away from the driver, whatever torch.cuda.is_available was made to say
 

@@ -20,8 +20,8 @@ from EqM.engine import precision, prepare
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.measure import contenders
-from EqM.measure.counting import Count
-from EqM.measure.fake_cuda import CUDA, fake_cuda, fake_tensors, like_cuda
+from EqM.measure.counting import Count, once_a_chunk
+from EqM.measure.fake_cuda import CUDA, fake_cpu, fake_cuda, like_cuda
 from EqM.run.hub import is_hub_name
 from EqM.watch.preview import Preview
 
@@ -57,7 +57,7 @@ def rehearsal(args, name, capability=(8, 0), shards=1):
         count.mark([parameter.grad], "gradients")
 
     if not on_card:
-        fakes = fake_tensors(stands)
+        fakes = fake_cpu(stands)
     elif device.type == "cuda":
         fakes = fake_cuda(capability, strict=False, on_gradient=stands)
     else:
@@ -79,6 +79,8 @@ class Run:
         with self._for("autoencoder"):
             needed = not args.latents or args.sample_every
             self.autoencoder = build_autoencoder(args.vae, precision.of_vae(args, run_in)) if needed else None
+        if isinstance(self.autoencoder, autoencoders.VAE):
+            encode_few(self.autoencoder, count)
         self.model = architecture.build_model(args).to(self.device)
         self.trainer = Trainer(args, self.model, run_in, total_steps=1, tell=lambda line: None)
         self.entries = []  # what was held when each block was entered
@@ -159,6 +161,25 @@ class Run:
             yield
         finally:
             self.count.part = "activations"
+
+
+def encode_few(autoencoder, count):
+    """Let an autoencoder encode one chunk of each size, and count those that are like it.
+
+    A large batch has thousands, which take kernels each and the same memory after each other.
+    """
+    split, posterior, size = autoencoder._chunks, once_a_chunk(autoencoder._posterior, count), 1
+
+    def chunks(items, pixels_each):
+        if pixels_each > 1:  # it decodes
+            return split(items, pixels_each)
+        nonlocal size
+        size = len(split(items[: autoencoders.MOST], pixels_each)[0])
+        whole = len(items) // size * size
+        return [part for part in (items[:size], items[size:whole], items[whole:]) if len(part)]
+
+    autoencoder._chunks = chunks
+    autoencoder._posterior = lambda items: posterior(items, size)
 
 
 def build_autoencoder(name, run_in):

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+import tiny_autoencoders
 from EqM import architecture
-from EqM.data.autoencoder import draw
+from EqM.data.autoencoder import MOST, draw
 from EqM.engine import precision
 from EqM.engine.trainer import Trainer
 from EqM.measure import estimate, rehearsal
@@ -203,6 +205,51 @@ def test_encoding_is_counted_without_weights_or_data(tiny_vae):
     assert steps[0].kernels > steps[1].kernels and {kind for kind, _ in steps[0].products} > {"convolution"}
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderKLWan"])
+def test_chunks_that_are_not_run_again_are_counted_as_if_they_were(tmp_path, monkeypatch, kind):
+    tiny_autoencoders.build(kind).save_pretrained(tmp_path)
+    clips = [] if kind in tiny_autoencoders.IMAGE_KINDS else ["--video", "--clip-len", "5", "--patch-frames", "1"]
+    _, args = estimate.parse_args([*TINY, "--image-size", "32", "--data-path", "x", "--vae", str(tmp_path), *clips])
+
+    def steps():
+        with rehearsal.rehearsal(args, "fp16") as run:
+            run.autoencoder.chunk = 4 * (5 if clips else 1) * 32 * 32
+            run.trainer.step = lambda stream: next(stream)
+            return [run(batch) for batch in (3, 15)]
+
+    quick = steps()
+    monkeypatch.setattr(rehearsal, "encode_few", lambda *_: None)
+    for one, other in zip(quick, steps(), strict=True):
+        assert (one.by_name, one.products, one.moved) == (other.by_name, other.products, other.moved)
+        assert one.peak == pytest.approx(other.peak, rel=1e-3)
+    assert quick[0].kernels < quick[1].kernels
+
+
+def test_a_batch_of_thousands_of_chunks_runs_through_few(tiny_vae, monkeypatch):
+    _, args = estimate.parse_args([*TINY, "--image-size", "32", "--data-path", "x", "--vae", tiny_vae])
+    encode, passes = AutoencoderKL.encode, []
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda *given: passes.append(0) or encode(*given))
+    with rehearsal.rehearsal(args, "bf16") as run:
+        assert run(1000 * MOST + 1).kernels > 1000 and len(passes) == 2
+
+
+@pytest.mark.parametrize("source", ["--sample-every 5", "--data-path x"])
+def test_autoencoders_are_counted_on_a_cpu_too(tiny_vae, source):
+    _, args = estimate.parse_args([*TINY, "--image-size", "32", "--vae", tiny_vae, "--device", "cpu", *source.split()])
+    with rehearsal.rehearsal(args, "fp16") as run:
+        assert run(4).parts["autoencoder"] > 0
+
+
+def test_a_cpu_has_no_context_to_leave_room_for():
+    given, args = estimate.parse_args([*TINY, "--device", "cpu", "--memory", "0.5"])
+    assert "CUDA" not in estimate.notes(args, given)[0] and estimate.room(given.memory, given.context) > 0.4 * 2**30
+    assert "1 GiB for CUDA's context" in estimate.notes(*reversed(estimate.parse_args(TINY)))[0]
+
+
+def test_help_says_where_the_other_flags_are(run_script):
+    assert "EqM/train.py --help" in run_script("estimate", "--help").out
+
+
 def test_the_table_has_a_row_for_each_model_and_precision(monkeypatch):
     @contextmanager
     def pretended(args, name):
@@ -224,6 +271,7 @@ def test_the_table_has_a_row_for_each_model_and_precision(monkeypatch):
     [
         "--card h1000",
         "--memory 0",
+        "--memory 0.5",
         "--global-batch-size 5 --ranks 2",
         "--device cuda:1",
         "--json nowhere/x",
