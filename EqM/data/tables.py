@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 from EqM.data.files import (
@@ -48,7 +49,7 @@ def open_any(path, args, flag):
 
     args: --data-path's companions. flag: what the command calls the path. Raises UserError, which names that.
     """
-    try:
+    with called(flag):
         if not is_flat(path) or args.csv or is_table(path):
             return open_data(Namespace(**{**vars(args), "data_path": path}), flip=False)
         if args.image_column or args.label_column:
@@ -57,11 +58,18 @@ def open_any(path, args, flag):
             paths = flat_files(path, args.video)
         except UserError as error:
             raise UserError(f"--data-path {error}{'' if args.video else '; --video is for clips'}") from None
-    except UserError as error:
-        raise UserError(str(error).replace("--data-path", flag)) from None
     length = args.clip_len if args.video else None
     labels = [0] * len(paths)
     return LabelledFiles(paths, labels, [None], args.image_size, length, args.frame_interval, False, args.global_seed)
+
+
+@contextmanager
+def called(flag):
+    """Within it, what is wrong with --data-path is told of this flag."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--data-path", flag)) from None
 
 
 def is_table(data_path):

@@ -10,7 +10,7 @@ import torch
 
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader
-from EqM.data.tables import open_data
+from EqM.data.tables import called, open_data
 from EqM.run import distributed, seeds
 from EqM.run.errors import UserError, printable
 
@@ -26,7 +26,8 @@ def open_items(args, class_names):
     if not (args.val_path or args.val_latents):
         return None
     args = Namespace(**{**vars(args), "data_path": args.val_path, "csv": args.val_csv, "flip": False})
-    dataset = latent_cache.LatentCache(args.val_latents, args) if args.val_latents else open_data(args, flip=False)
+    with called("--val-path"):
+        dataset = latent_cache.LatentCache(args.val_latents, args) if args.val_latents else open_data(args, flip=False)
     unknown = sorted(set(dataset.class_names) - set(class_names))
     if unknown:
         flag = "--val-latents" if args.val_latents else "--val-path"

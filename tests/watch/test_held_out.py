@@ -110,7 +110,7 @@ def test_a_cache_gives_the_loss_that_its_pictures_give(run_script, train, image_
     ("flags", "words"),
     [
         (["--val-path", "other"], "--val-path has classes that are not trained: emu"),
-        (["--val-path", "/nowhere"], "/nowhere is not a folder"),
+        (["--val-path", "/nowhere"], "--val-path /nowhere is not a folder"),
         (["--val-latents", "/nowhere"], "is not a latent cache"),
         (["--val-path", "other", "--val-latents", "other"], "give either --val-path"),
     ],
