@@ -104,7 +104,7 @@ def young_run(tmp_path):
     return tmp_path / "run.pt"
 
 
-@pytest.mark.parametrize("how", ["strip", "folder", "strip of a strip"])
+@pytest.mark.parametrize("how", ["strip of a strip", "folder"])
 @pytest.mark.parametrize(
     ("asked", "known", "held"),
     [("ema", ["ema", "ema-0.9"], "19%"), ("ema-0.99", ["ema", "ema-0.99"], "85%"), ("model", ["ema", "model"], None)],
