@@ -21,7 +21,8 @@ from EqM import cli
 from EqM.data import autoencoder as autoencoders
 from EqM.data import media
 from EqM.data.clips import decode_clip
-from EqM.data.files import centre_crop, find_files
+from EqM.data.files import find_files
+from EqM.data.images import centre_crop
 from EqM.engine import precision
 from EqM.run.errors import UserError
 

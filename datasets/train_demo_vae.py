@@ -21,7 +21,7 @@ sys.path.insert(0, str(score_demo.HERE.parent))
 
 from EqM import cli
 from EqM.data import autoencoder as autoencoders
-from EqM.data.files import centre_crop
+from EqM.data.images import centre_crop
 
 STEPS = 2000
 BATCH = 32  # frames

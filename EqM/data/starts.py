@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from EqM.data import clips, files
+from EqM.data import clips, files, images
 from EqM.data.media import UNREADABLE
 from EqM.run import resume
 from EqM.run.errors import UserError, printable, reason
@@ -48,12 +48,12 @@ class Starts(Sequence):
         """(width, height) as it is shown, from as little of the file as says it."""
         if self.clip_len:
             return clips.first_frame(path).size
-        with Image.open(path, formats=files.image_formats()) as image:
+        with Image.open(path, formats=images.image_formats()) as image:
             return image.size  # a square one stays what it is when it is turned upright
 
     def _frames(self, path):
         if self.clip_len is None:
-            return np.asarray(files.read_image(path))
+            return np.asarray(images.read_image(path))
         return np.stack([np.asarray(frame) for frame in clips.decode_clip(path, self.clip_len)])
 
     def _read(self, path, how):

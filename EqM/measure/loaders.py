@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from EqM.data import latent_cache, loader
-from EqM.data.files import centre_crop, open_files
+from EqM.data.files import open_files
+from EqM.data.images import centre_crop
 from EqM.measure.contenders import CHANNELS, CLASSES, FACTOR, make_files
 
 PICTURES = 64  # made where none are given

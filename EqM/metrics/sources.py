@@ -17,6 +17,7 @@ import torch
 
 from EqM.data import autoencoder as autoencoders
 from EqM.data import files, media, tables
+from EqM.data.images import image_extensions, read_image
 from EqM.data.latent_cache import KEY, LatentCache
 from EqM.run import resume
 from EqM.run.errors import UserError, printable, reason
@@ -87,7 +88,7 @@ def folder_as_it_is(folder, tell=print):
     """
     folder = Path(folder)
     paths = _listed(folder) or _below(folder)
-    images = [path for path in paths if path.suffix.lower() in files.image_extensions() and path.suffix != ".gif"]
+    images = [path for path in paths if path.suffix.lower() in image_extensions() and path.suffix != ".gif"]
     clips = [path for path in paths if path.suffix.lower() in CLIP_FILES]
     if not images and not clips:
         raise UserError(
@@ -105,7 +106,7 @@ def folder_as_it_is(folder, tell=print):
     paths = images or clips
     names = [os.path.relpath(path, folder) for path in paths]
     digest = resume.data_digest(names, [0] * len(names), paths)
-    read = (lambda path: np.asarray(files.read_image(path))) if images else media.load_sample
+    read = (lambda path: np.asarray(read_image(path))) if images else media.load_sample
     return Items(
         len(paths), lambda index: read(paths[index]), paths.__getitem__, digest, {"files": str(folder), "crop": "none"}
     )
@@ -263,7 +264,7 @@ def check_free(folder):
     """Raise UserError if a folder holds pictures or clips that no sampler said what they are made by."""
     if not os.path.isdir(folder) or (Path(folder) / files.SAMPLES_NOTE).exists():
         return
-    kinds = (*files.image_extensions(), *files.CLIP_EXTENSIONS)
+    kinds = (*image_extensions(), *files.CLIP_EXTENSIONS)
     found = [name for name in files.visible(folder) if name.lower().endswith(kinds)]
     if found:
         raise UserError(

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import find_classes, make_dataset
 
 from EqM.data import files as data
+from EqM.data import images
 from EqM.run import seeds
 from EqM.run.errors import UserError
 from helpers import labelled_files, numbered_clip, write_clip
@@ -24,7 +25,7 @@ def stripes(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 64), (64, 100), (200, 65), (17, 300), (5, 9)])
 def test_centre_crop_is_square_and_takes_the_middle(width, height):
-    crop = data.centre_crop(stripes(width, height), 16).astype(float)
+    crop = images.centre_crop(stripes(width, height), 16).astype(float)
     assert crop.shape == (16, 16, 3)
     for axis, channel, length in ((1, 0, width), (0, 1, height)):
         share = min(width, height) / length  # of this axis that is kept
@@ -35,7 +36,7 @@ def test_centre_crop_is_square_and_takes_the_middle(width, height):
 
 def test_centre_crop_of_a_picture_of_that_size_is_the_picture():
     picture = stripes(16, 16)
-    assert np.array_equal(data.centre_crop(picture, 16), np.asarray(picture))
+    assert np.array_equal(images.centre_crop(picture, 16), np.asarray(picture))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA", "I;16", "I"])
@@ -47,7 +48,7 @@ def test_every_kind_of_image_becomes_rgb_of_the_right_brightness(tmp_path, mode)
         picture = picture.convert(mode, dither=Image.Dither.NONE) if mode != "L" else picture.convert("L")
     path = tmp_path / ("x.tif" if mode in ("CMYK", "I") else "x.png")
     picture.save(path)
-    read = np.asarray(data.read_image(path))
+    read = np.asarray(images.read_image(path))
     assert read.shape == (20, 20, 3)
     assert abs(read.mean() - (255 if mode == "1" else 128)) < 3
 
@@ -56,7 +57,7 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera turned
     stripes(40, 20).save(tmp_path / "x.jpg", exif=exif)
-    assert data.read_image(tmp_path / "x.jpg").size == (20, 40)
+    assert images.read_image(tmp_path / "x.jpg").size == (20, 40)
 
 
 def test_image_items(image_folder):
@@ -64,7 +65,7 @@ def test_image_items(image_folder):
     pixels, label, bad = files[0, 4]
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
     assert (label, bad, files.class_names, len(files)) == (1, -1, ["cat", "dog"], 6)
-    expected = data.centre_crop(data.read_image(image_folder / "dog/1.png"), 16)
+    expected = images.centre_crop(images.read_image(image_folder / "dog/1.png"), 16)
     assert np.array_equal(pixels.permute(1, 2, 0), expected)
 
 
@@ -208,7 +209,7 @@ def test_malformed_exif_costs_neither_the_image_nor_the_run(tmp_path):
             for _ in range(rng.randint(1, 30)):
                 bad[rng.randrange(6, len(bad))] = rng.choice([0, 1, 255, rng.randrange(256)])
             picture.save(folder / f"x.{kind}", exif=bytes(bad))
-            size = data.read_image(folder / f"x.{kind}").size
+            size = images.read_image(folder / f"x.{kind}").size
             assert size in ((24, 16), (16, 24))
             pixels, _, index = labelled_files(tmp_path, flip=False)[0, 0]
             whole = pixels if whole is None or size == (24, 16) else whole
@@ -224,7 +225,7 @@ def test_every_orientation_is_the_one_that_pillow_applies(tmp_path, orientation)
         stripes(40, 20).save(tmp_path / f"x.{kind}", exif=exif)
         with Image.open(tmp_path / f"x.{kind}") as image:
             expected = ImageOps.exif_transpose(image).convert("RGB")
-        assert np.array_equal(data.read_image(tmp_path / f"x.{kind}"), expected)
+        assert np.array_equal(images.read_image(tmp_path / f"x.{kind}"), expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 40_000), (40_000, 1), (3, 5000)])
@@ -234,7 +235,7 @@ def test_a_long_thin_picture_is_its_middle_and_costs_no_more_than_another(shape,
     monkeypatch.setattr(
         Image.Image, "resize", lambda image, size, *more: sizes.append(size) or resize(image, size, *more)
     )
-    crop = data.centre_crop(picture, 64)
+    crop = images.centre_crop(picture, 64)
     assert crop.shape == (64, 64, 3) and abs(crop[..., int(shape[0] < shape[1])].mean() - 127.5) < 3
     assert max(width * height for width, height in sizes) <= 64 * 64
 
@@ -252,20 +253,20 @@ def published_crop(image, size):
 @pytest.mark.parametrize("shape", [(64, 64), (7, 150), (500, 30), (333, 41), (90, 640), (20, 20)])
 def test_pictures_that_are_not_long_and_thin_are_cropped_bit_for_bit_as_published(shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    assert np.array_equal(data.centre_crop(Image.fromarray(noise), 32), published_crop(Image.fromarray(noise), 32))
+    assert np.array_equal(images.centre_crop(Image.fromarray(noise), 32), published_crop(Image.fromarray(noise), 32))
 
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 255.0), (-50.0, 305.0)])
 def test_floats_from_0_to_1_are_scaled_and_others_clipped_to_255(tmp_path, values):
     column = np.repeat(np.linspace(*values, 256, dtype=np.float32)[:, None], 16, axis=1)
     Image.fromarray(column).save(tmp_path / "x.tif")
-    read = np.asarray(data.read_image(tmp_path / "x.tif"))
+    read = np.asarray(images.read_image(tmp_path / "x.tif"))
     assert (read[0] == 0).all() and (read[-1] == 255).all() and abs(read.mean() - 127.5) < 1.5
 
 
 def test_a_float_that_is_no_number_is_black(tmp_path):
     Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "x.tif")
-    assert np.asarray(data.read_image(tmp_path / "x.tif")).max() == 0
+    assert np.asarray(images.read_image(tmp_path / "x.tif")).max() == 0
 
 
 @pytest.mark.parametrize("name", ["x.avif", "x.gif", "x.jp2", "x.JFIF", "x.tga", "x.ico", "x.qoi", "x.pcx", "x"])
