@@ -15,7 +15,7 @@ from EqM.run import distributed, seeds
 from EqM.run.errors import UserError, printable
 
 BINS = 5  # equal parts of the times, each with as many items
-TIME, NOISE = 1 << 20, (1 << 20) + 1  # name the draws of an item's time and noise
+TIME, NOISE, LATENT = range(1 << 20, (1 << 20) + 3)  # name the draws of an item's time and noise, and of its latents
 
 
 def open_items(args, class_names):
@@ -39,7 +39,7 @@ class HeldOut:
     """Call it with a step: it logs the loss of the model and of its average, in the run's precision.
 
     Every rank takes its share of the items. An item's time and noise depend on its number and the run's seed alone;
-    labels are never dropped. Items are encoded here, once, by the posterior's mean, and stay in the host's memory.
+    labels are never dropped. Items are encoded here, once, drawn from their posteriors, and stay in the host's memory.
     dataset: of open_items. averaged: the averaged network, ready to be called. class_names: that labels stand for.
     Raises UserError if too many items cannot be read.
     """
@@ -68,12 +68,20 @@ class HeldOut:
         latents, classes = [], []
         for items, own, bad in loader.read(dataset, keys, args.num_workers, device.type == "cuda"):
             bad_files.note(bad)  # another of its class stands in
-            if args.val_latents:
-                latents.append(items[:, 0].float())
-            else:
-                latents.append(autoencoder.mean(autoencoders.to_pixels(items.to(device))).cpu())
+            if not args.val_latents:
+                items = autoencoder.posterior(autoencoders.to_pixels(items.to(device))).cpu()
+            start = sum(map(len, latents))
+            latents.append(self._drawn(items.float(), self.indices[start : start + len(items)]))
             classes.append(labels[own])
         self.latents, self.labels = torch.cat(latents), torch.cat(classes)
+
+    def _drawn(self, moments, indices):
+        """Latents (n, C, [T,] h, w) from the posterior's moments (n, 2, ...), as training draws them, always the same."""
+        mean, std = moments.unbind(1)
+        drawn = [
+            torch.randn(mean.shape[1:], generator=seeds.sample_generator(self.seed, index, LATENT)) for index in indices
+        ]
+        return mean + std * torch.stack(drawn)
 
     def __call__(self, step):
         model = self.trainer.model

@@ -120,3 +120,14 @@ def test_what_cannot_be_held_out_is_one_line_before_a_run_is_made(train, image_f
     result = train(*[tmp_path / "other" if flag == "other" else flag for flag in flags])
     assert result.code == 2 and result.err.count("\n") == 1 and words in result.err, result.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_items_are_drawn_from_their_posteriors_always_alike():
+    """As in training: their means alone would be easier to predict, and the loss below training's."""
+    items = object.__new__(held_out.HeldOut)
+    items.seed = 5
+    moments = torch.stack([torch.full((3, 4, 2, 2), 7.0), torch.full((3, 4, 2, 2), 2.0)], 1)
+    drawn = items._drawn(moments, [4, 9, 4])
+    noise = torch.randn(4, 2, 2, generator=seeds.sample_generator(5, 9, held_out.LATENT))
+    assert torch.equal(drawn[1], 7 + 2 * noise) and torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
