@@ -76,7 +76,7 @@ class HeldOut:
         self.latents, self.labels = torch.cat(latents), torch.cat(classes)
 
     def _drawn(self, moments, indices):
-        """Latents (n, C, [T,] h, w) from the posterior's moments (n, 2, ...), as training draws them, always the same."""
+        """Latents (n, C, [T,] h, w) from the posterior's moments (n, 2, ...): drawn as in training, always alike."""
         mean, std = moments.unbind(1)
         drawn = [
             torch.randn(mean.shape[1:], generator=seeds.sample_generator(self.seed, index, LATENT)) for index in indices
