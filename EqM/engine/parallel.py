@@ -1,11 +1,14 @@
 """A network on several ranks: whole on each of them, or in parts."""
 
+import inspect
 import warnings
 
 from torch.nn.parallel import DistributedDataParallel
 
 from EqM.run import distributed
 from EqM.run.errors import UserError
+
+NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters  # PyTorch 2.14
 
 
 def add_flags(parser):
@@ -52,7 +55,8 @@ def data_parallel(model, ranks):
         return model
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
     # Its one buffer, of frequencies, is the same on all ranks from the start.
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    unsynced = {("forward_sync_buffers" if NEW_NAME else "broadcast_buffers"): False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **unsynced)
 
 
 def shard(networks, ranks, size=None):
