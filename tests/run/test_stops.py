@@ -98,7 +98,8 @@ def test_a_stop_saves_the_step_in_hand(image_folder, tmp_path, name, ranks, work
     (said,) = re.findall(r"Stopping after step (\d+), as the signal asked", out)
     (saved,) = tmp_path.glob("*/checkpoints/*.pt")
     assert checkpoint.load(saved)["step"] == int(said) >= 5 and "Done" in out
-    assert process.returncode == (1 if ranks else 0)  # torchrun calls every stop of its own a failure
+    # torchrun calls every stop of its own a failure: 1, or -6 where a second SIGINT meets it at its end.
+    assert process.returncode in ((1, -signal.SIGABRT) if ranks else (0,))
     assert_no_traceback_of_ours(err)
     assert_gone(below, seconds=1)
 
