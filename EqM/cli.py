@@ -184,6 +184,12 @@ def add_encoding(parser, from_checkpoint=False):
     group.add_argument("--clip-len", type=positive_int, default=default("clip_len"), help="frames of a clip")
 
 
+def add_checkpoints_model(parser):
+    """What a checkpoint says of its model by itself: network, encoding and transport."""
+    for add in (add_model, add_encoding, add_transport):
+        add(parser, from_checkpoint=True)
+
+
 def add_data(parser, required):
     """Where the files are and how they are read."""
     group = parser.add_argument_group("data")

@@ -44,9 +44,7 @@ NEW = cli.ADDED | {"also": [], "start": None, "start_noise": None}  # of a recip
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    cli.add_model(parser, from_checkpoint=True)
-    cli.add_encoding(parser, from_checkpoint=True)
-    cli.add_transport(parser, from_checkpoint=True)
+    cli.add_checkpoints_model(parser)
     cli.add_sampler(parser)
     precision.add_flags(parser)
     cli.add_runtime(parser)

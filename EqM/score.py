@@ -37,9 +37,7 @@ SHOWN = 8  # lowest and highest files in the picture
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    cli.add_model(parser, from_checkpoint=True)
-    cli.add_encoding(parser, from_checkpoint=True)
-    cli.add_transport(parser, from_checkpoint=True)
+    cli.add_checkpoints_model(parser)
     precision.add_flags(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("scores")

@@ -44,9 +44,7 @@ PARTS = {  # what to say of a kind of module, and its name in models.py
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    cli.add_model(parser, from_checkpoint=True)
-    cli.add_encoding(parser, from_checkpoint=True)
-    cli.add_transport(parser, from_checkpoint=True)
+    cli.add_checkpoints_model(parser)
     cli.add_runtime(parser)
     group = parser.add_argument_group("data" + cli.LEFT_OUT)
     group.add_argument("--data-path", help="folder of images or clips")

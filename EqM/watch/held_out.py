@@ -78,45 +78,51 @@ class HeldOut:
     def _drawn(self, moments, indices):
         """Latents (n, C, [T,] h, w) from the posterior's moments (n, 2, ...): drawn as in training, always alike."""
         mean, std = moments.unbind(1)
-        drawn = [
-            torch.randn(mean.shape[1:], generator=seeds.sample_generator(self.seed, index, LATENT)) for index in indices
-        ]
-        return mean + std * torch.stack(drawn)
+        return mean + std * self._normal(mean.shape[1:], indices, LATENT)
 
     def __call__(self, step):
         model = self.trainer.model
+        networks = {"Val Loss": model, "EMA Val Loss": self.averaged}
         model.eval()  # which drops no labels
         try:
-            figures = {**self._figures("Val Loss", model), **self._figures("EMA Val Loss", self.averaged)}
+            sums = self._sums(list(networks.values()))
         finally:
             model.train()
+        figures = {}
+        for name, (total, count) in zip(networks, distributed.mean(sums).cpu(), strict=True):
+            figures[name] = (total.sum() / count.sum()).item()
+            bins = enumerate((total / count).tolist())
+            figures |= {f"{name} t {i / BINS:g}-{(i + 1) / BINS:g}": loss for i, loss in bins}
         self.log.step(step, figures)
 
-    def _figures(self, name, model):
-        sums = torch.zeros(2, BINS, dtype=torch.float64, device=self.trainer.run_in.device)
-        for part in _parts(range(len(self.indices)), self.batch_size):
-            self._add(sums, model, slice(part[0], part[-1] + 1))
-        total, count = distributed.mean(sums).cpu()
-        each = {f"{name} t {i / BINS:g}-{(i + 1) / BINS:g}": v for i, v in enumerate((total / count).tolist())}
-        return {name: (total.sum() / count.sum()).item(), **each}
-
     @torch.no_grad()
-    def _add(self, sums, model, rows):
-        """Add the losses of some items, and their number, to their bins. sums: (2, BINS)."""
-        device, transport = sums.device, self.trainer.transport
+    def _sums(self, networks):
+        """Of each network, the sum of this rank's losses in each bin, and their number: (networks, 2, BINS)."""
+        trainer, device = self.trainer, self.trainer.run_in.device
+        sums = torch.zeros(len(networks), 2, BINS, dtype=torch.float64, device=device)
+        for part in _parts(range(len(self.indices)), self.batch_size):
+            rows = slice(part[0], part[-1] + 1)
+            point, labels = self._point(rows), self.labels[rows].to(device)
+            counts, bins = self.counts[rows].to(device), self.bins[rows].to(device)
+            for network, own in zip(networks, sums, strict=True):
+                with trainer.run_in.autocast():
+                    output = network(point.xt, point.t, labels)
+                losses = torch.where(counts > 0, trainer.transport.loss(output, point), 0)
+                own.index_add_(1, bins, torch.stack([losses, counts]).double())
+        return sums
+
+    def _point(self, rows):
+        """The PathPoint of some items, on the device."""
+        device, transport = self.trainer.run_in.device, self.trainer.transport
         x1 = self.latents[rows].to(device)
-        noise = [
-            torch.randn(x1.shape[1:], generator=seeds.sample_generator(self.seed, index, NOISE))
-            for index in self.indices[rows]
-        ]
         start, end = transport.interval(transport.train_eps)
         t = (start + (end - start) * self.times[rows]).to(device)
-        point = transport.plan(torch.stack(noise).to(device), x1, t)
-        with self.trainer.run_in.autocast():
-            output = model(point.xt, point.t, self.labels[rows].to(device))
-        counts = self.counts[rows].to(device)
-        losses = torch.where(counts > 0, transport.loss(output, point), 0)
-        sums.index_add_(1, self.bins[rows].to(device), torch.stack([losses, counts]).double())
+        return transport.plan(self._normal(x1.shape[1:], self.indices[rows], NOISE).to(device), x1, t)
+
+    def _normal(self, shape, indices, draw):
+        """A standard normal tensor for each item, (n, *shape), on the CPU. draw: what it is for, as NOISE."""
+        each = [torch.randn(shape, generator=seeds.sample_generator(self.seed, index, draw)) for index in indices]
+        return torch.stack(each)
 
 
 def _parts(items, size):
