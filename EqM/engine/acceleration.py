@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from EqM.engine import elementwise, fused
 from EqM.run.errors import reason
 
 
@@ -22,6 +23,10 @@ def add_flags(parser):
         action="store_true",
         help="recompute whole blocks in the backward pass: least memory, slower",
     )
+    parser.add_argument(
+        "--no-fused-kernels", action="store_true",
+        help="on a GPU: norms, modulation and gates of blocks by PyTorch's own operations, not by Triton kernels",
+    )  # fmt: skip
 
 
 def add_compile(parser):
@@ -32,6 +37,19 @@ def recomputes(args, run_in):
     """Whether element-wise work alone is computed again in the backward pass. args: recompute, grad_checkpointing."""
     wanted = args.recompute == "elementwise" or (args.recompute is None and run_in.name != "fp32")
     return wanted and not args.grad_checkpointing
+
+
+def operations(args, hidden_size, run_in, tell):
+    """What computes the element-wise work of blocks that recompute it: on a GPU our kernels, unless something is wrong.
+
+    args: no_fused_kernels.
+    """
+    if args.no_fused_kernels:
+        return elementwise
+    obstacle = fused.obstacle(run_in.device, run_in.dtype, hidden_size)
+    if obstacle and run_in.device.type == fused.DEVICE:
+        tell(f"PyTorch's operations take the place of fused kernels: {obstacle}")
+    return elementwise if obstacle else fused
 
 
 def compile_blocks(model, run_in, tell, checkpointing=False, recomputing=False):

@@ -17,8 +17,8 @@ from EqM.engine import acceleration, parallel, recompute
 def for_training(model, run_in, args, ranks, tell, averages=()):
     """The network as a training step calls it: model itself, patched in place, or its data-parallel wrapper.
 
-    args: compile, recompute, grad_checkpointing, shard, shard_size. tell: called with a line where a flag has no
-    effect. averages: copies of the model that are sharded as it is.
+    args: compile, recompute, grad_checkpointing, no_fused_kernels, shard, shard_size. tell: called with a line where a
+    flag has no effect. averages: copies of the model that are sharded as it is.
     Raises LookupError if the network lacks a part that precision keeps in FP32.
     """
     run_in.keep_islands(model.train())
@@ -27,7 +27,8 @@ def for_training(model, run_in, args, ranks, tell, averages=()):
     if args.grad_checkpointing:
         acceleration.checkpoint_blocks(model, run_in)
     elif recomputing and not compiled:
-        recompute.recompute_in(model, run_in)
+        operations = acceleration.operations(args, model.pos_embed.shape[-1], run_in, tell)
+        recompute.recompute_in(model, run_in, operations)
     if parallel.splits(args, ranks):
         parallel.shard([model, *averages], ranks, args.shard_size)
         return model

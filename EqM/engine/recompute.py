@@ -25,24 +25,27 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from EqM.engine import elementwise
 
-def recompute_in(model, run_in):
+
+def recompute_in(model, run_in, operations=elementwise):
     """Let the model's blocks keep no more than that, in place. Without gradients they run as before.
 
-    An energy's blocks are left alone: its field is differentiated twice.
+    operations: what computes all that is no product, elementwise.py or fused.py. An energy's blocks are left alone: its
+    field is differentiated twice.
     """
     if model.ebm != "none":
         return
     for block in model.blocks:
-        block.forward = partial(_forward, block, block.forward, run_in)
+        block.forward = partial(_forward, block, block.forward, run_in, operations)
 
 
-def _forward(block, plain, run_in, x, modulation):
+def _forward(block, plain, run_in, operations, x, modulation):
     if not torch.is_grad_enabled():
         return plain(x, modulation)
     layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     parameters = (parameter for layer in layers for parameter in (layer.weight, layer.bias))
-    return Block.apply(block, run_in, x, modulation, *parameters)
+    return Block.apply(block, run_in, operations, x, modulation, *parameters)
 
 
 class Block(torch.autograd.Function):
@@ -53,56 +56,61 @@ class Block(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block, run_in, x, modulation, *parameters):
+    def forward(ctx, block, run_in, operations, x, modulation, *parameters):
         qkv, proj, fc1, fc2 = _layers(parameters, run_in.dtype)
         shift1, _, gate1, shift2, _, gate2 = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
         factors = 1 + modulation.unflatten(1, (2, 3, 1, -1))[:, :, 1]  # of both norms, (N, 2, 1, D)
         factor1, factor2 = factors.unbind(1)
-        queries = F.linear(_modulated(block.norm1(x), shift1, factor1, run_in.dtype), *qkv)
+        normed, _ = operations.modulated_norm(x, block.norm1.eps, shift1, factor1, run_in.dtype)
+        queries = F.linear(normed, *qkv)
         with torch.enable_grad():  # whichever kernel attention takes, it knows its own backward pass
             queries = queries.detach().requires_grad_()
             attended = block.attn.attend(queries)
         projected = F.linear(attended.detach(), *proj)
-        middle = (gate1 * projected).add_(x)
-        hidden = F.linear(_modulated(block.norm2(middle), shift2, factor2, run_in.dtype), *fc1)
+        middle = operations.gated_sum(x, gate1, projected)
+        normed, _ = operations.modulated_norm(middle, block.norm2.eps, shift2, factor2, run_in.dtype)
+        hidden = F.linear(normed, *fc1)
         out = F.linear(F.gelu(hidden, approximate="tanh"), *fc2)
         ctx.save_for_backward(x, modulation, factors, projected, middle, hidden, out, *parameters)
-        ctx.block, ctx.run_in, ctx.attention = block, run_in, (queries, attended)
-        return (gate2 * out).add_(middle)
+        ctx.block, ctx.run_in, ctx.operations, ctx.attention = block, run_in, operations, (queries, attended)
+        return operations.gated_sum(middle, gate2, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_result):
         x, modulation, factors, projected, middle, hidden, out, *parameters = ctx.saved_tensors
         (queries, attended), ctx.attention = ctx.attention, None  # or the graph would keep them to the step's end
-        block, run_in = ctx.block, ctx.run_in
+        block, run_in, operations = ctx.block, ctx.run_in, ctx.operations
         qkv, proj, fc1, fc2 = (weight for weight, _ in _layers(parameters, run_in.dtype))
         shift1, _, gate1, shift2, _, gate2 = modulation.unsqueeze(1).chunk(6, dim=2)
         factor1, factor2 = factors.unbind(1)
         of_modulation = torch.empty_like(modulation)
         of_half1, of_half2 = of_modulation.unflatten(1, (2, 3, -1)).unbind(1)  # each shift, scale, gate: (N, 3, D)
-        of_both = x.new_empty(2, *x.shape)  # of scale and gate, before they are summed over tokens
+
+        def branch_backward(of_out, x, norm, shift, factor, weight, *rest):
+            """Gradients of x, weight and bias in linear(norm(x) * factor + shift)."""
+            normed, kept = operations.modulated_norm(x, norm.eps, shift, factor, run_in.dtype)
+            of_normed, *of_linear = _linear_backward(of_out, normed, weight)
+            return operations.norm_backward(of_normed, x, norm.eps, factor, kept, *rest), *of_linear
+
         with run_in.autocast():  # on a CPU it decides how products are taken
-            of_out = _gate_backward(of_result, out, gate2, of_both[1])
+            of_out = operations.gate_backward(of_result, out, gate2, of_half2[:, 2])
             of_gelu, *of_fc2 = _linear_backward(of_out, F.gelu(hidden, approximate="tanh"), fc2)
             of_hidden = torch.ops.aten.gelu_backward(of_gelu, hidden, approximate="tanh")
             del of_out, of_gelu
-            branch = (middle, block.norm2.eps, shift2, factor2, fc1)
-            of_middle, *of_fc1 = _branch_backward(of_hidden, *branch, run_in.dtype, of_half2[:, 0], of_both[0])
-            torch.sum(of_both, dim=2, out=of_half2[:, 1:].transpose(0, 1))
-            of_middle.add_(of_result)
+            branch = (middle, block.norm2, shift2, factor2, fc1)
+            of_middle, *of_fc1 = branch_backward(of_hidden, *branch, of_result, of_half2[:, :2])
             del of_hidden
 
-            of_projected = _gate_backward(of_middle, projected, gate1, of_both[1])
+            of_projected = operations.gate_backward(of_middle, projected, gate1, of_half1[:, 2])
             of_attended, *of_proj = _linear_backward(of_projected, attended.detach(), proj)
         (of_queries,) = torch.autograd.grad(attended, queries, of_attended)
         del of_projected, of_attended, attended, queries
         with run_in.autocast():
-            branch = (x, block.norm1.eps, shift1, factor1, qkv)
-            of_x, *of_qkv = _branch_backward(of_queries, *branch, run_in.dtype, of_half1[:, 0], of_both[0])
-            torch.sum(of_both, dim=2, out=of_half1[:, 1:].transpose(0, 1))
+            branch = (x, block.norm1, shift1, factor1, qkv)
+            of_x, *of_qkv = branch_backward(of_queries, *branch, of_middle, of_half1[:, :2])
         of_parameters = _cast((*of_qkv, *of_proj, *of_fc1, *of_fc2), torch.float32)
-        return None, None, of_x.add_(of_middle), of_modulation, *of_parameters
+        return None, None, None, of_x, of_modulation, *of_parameters
 
 
 def _layers(parameters, dtype):
@@ -120,37 +128,7 @@ def _cast(tensors, dtype):
     return copies
 
 
-def _modulated(normed, shift, factor, dtype):
-    """models.modulate, cast by its addition. normed: (N, L, D); shift, and factor = 1 + scale: (N, 1, D)."""
-    return torch.add(normed * factor, shift, out=torch.empty_like(normed, dtype=dtype))
-
-
-def _gate_backward(of_gated, value, gate, of_gate):
-    """Gradient of value in gate * value, in its dtype; of_gate: where that of the gate goes, not summed over tokens.
-
-    All are (N, L, D), the gate (N, 1, D).
-    """
-    torch.mul(of_gated, value, out=of_gate)
-    return torch.mul(of_gated, gate, out=torch.empty_like(value))
-
-
 def _linear_backward(of_out, x, weight):
     """Gradients of x, weight and bias in a linear layer. of_out: (N, L, out); x: (N, L, in)."""
     rows = of_out.flatten(0, 1)
     return (rows @ weight).view_as(x), rows.t() @ x.flatten(0, 1), rows.sum(0)
-
-
-def _branch_backward(of_out, x, eps, shift, factor, weight, dtype, of_shift, of_scale):
-    """Gradients of x, weight and bias in linear(norm(x) * factor + shift).
-
-    of_shift: where that of shift goes, (N, D); of_scale: where that of factor goes, (N, L, D), not summed over tokens.
-    """
-    normed, mean, deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-    of_modulated, of_weight, of_bias = _linear_backward(of_out, _modulated(normed, shift, factor, dtype), weight)
-    torch.sum(of_modulated, dim=1, dtype=torch.float32, out=of_shift)
-    torch.mul(of_modulated, normed, out=of_scale)
-    of_normed = of_modulated * factor
-    of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-        of_normed, x, x.shape[-1:], mean, deviation, None, None, [True, False, False]
-    )
-    return of_x, of_weight, of_bias

@@ -172,7 +172,7 @@ def traffic(func, name, args, kwargs, made):
         writes = argument.alias_info is not None and argument.alias_info.is_write
         if writes and not (name in FUSED and argument.name == "grads"):  # which only a scaler's are
             written += tensors
-        if not (writes and name in FILLS):
+        if not (writes and (name in FILLS or argument.is_out)):
             read += tensors
     written += [] if written else made
     moved = sum(map(_bytes, written))

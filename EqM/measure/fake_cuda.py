@@ -21,6 +21,7 @@ CUDA = torch.device("cuda", 0)
 AMPERE, VOLTA = (8, 0), (7, 0)  # the first with BF16 units and flash attention, the first with units for FP16
 
 _MOVES = {aten._to_copy.default, aten.copy_.default, torch.ops.prims.device_put.default}
+_FUSED = "EqM.engine.fused.obstacle", lambda *_: None  # which would run them, and look at what they give
 _FOREACH = "torch.utils._foreach_utils._foreach_supported_types"
 
 
@@ -74,6 +75,7 @@ def fake_cuda(capability=(9, 0), strict=True, on_gradient=lambda parameter: None
             for function, answer in answers.items():
                 stack.enter_context(mock.patch(f"torch.cuda.{function}", answer))
             stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", border.attention))
+            stack.enter_context(mock.patch(*_FUSED))
             stack.enter_context(fake_tensors(on_gradient))
             stack.enter_context(border)
             yield border
@@ -92,6 +94,7 @@ def like_cuda(capability, on_gradient=lambda parameter: None):
     border = Border(capability, strict=False, card="cpu")
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", border.attention),
+        mock.patch(*_FUSED),
         mock.patch("EqM.engine.ema._lerp", ema._fused_lerp),
         mock.patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
         fake_tensors(on_gradient),

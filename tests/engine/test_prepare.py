@@ -12,7 +12,7 @@ from EqM.engine.trainer import Trainer
 from EqM.models import EqM_models
 
 CPU = torch.device("cpu")
-PLAIN = Namespace(compile=False, grad_checkpointing=False, recompute=None)
+PLAIN = Namespace(compile=False, grad_checkpointing=False, recompute=None, no_fused_kernels=False)
 
 
 def tiny():
