@@ -53,6 +53,16 @@ def test_sharded_ranks_step_as_data_parallel_ones_and_go_on_from_files_and_from_
         assert out.endswith("all held\n"), err
 
 
+def test_four_ranks_in_two_copies_step_as_data_parallel_ones_and_go_on_in_0_bits(tmp_path):
+    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    script = Path(__file__).parent / "four_ranks.py"
+    result = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_checkpoint_in_parts_is_the_one_file(two_ranks, run_script, tmp_path):
     folder, _ = two_ranks
     assert_same(checkpoint.read(folder / "parts.pt"), checkpoint.read(folder / "whole.pt"))
