@@ -29,6 +29,7 @@ from EqM.metrics.collect import Progress
 from EqM.metrics.evaluation import Evaluator
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
+from EqM.run.errors import flag_of
 
 READ_BY = {  # flags that other ways to call this would pass over
     ("ckpt",): (*cli.DESCENT, "weights", "num_fid_samples", "batch_size", "classes", "keep_samples", "compile"),
@@ -86,8 +87,9 @@ def check_idle(parser, args):
     read = {name for modes, names in READ_BY.items() if mode in modes for name in names}
     idle = [name for name, default in defaults.items() if name not in read and getattr(args, name) != default]
     if idle:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
-        parser.error(f"{flags}: no effect with --{mode.replace('_', '-')}; drop it, or give what it is for")
+        parser.error(
+            f"{' and '.join(map(flag_of, idle))}: no effect with {flag_of(mode)}; drop it, or give what it is for"
+        )
 
 
 def main():
