@@ -40,6 +40,15 @@ class Parser(argparse.ArgumentParser):
             check(self, Parser.parsed)
         return Parser.parsed
 
+    def refuse_idle(self, args, names, where):
+        """End with one line if any of these args is not at its default. where: it means nothing, in words."""
+        defaults = {name: self.get_default(name) for name in names}
+        if "stepsize" in defaults:
+            defaults["stepsize"] = STEPSIZES[args.sampler]  # which has been filled in
+        idle = [flag_of(name) for name, default in defaults.items() if getattr(args, name) != default]
+        if idle:
+            self.error(f"{' and '.join(idle)}: no effect {where}; drop it, or give what it is for")
+
     def error(self, message):
         complain(f"{self.prog}: error: {message}", every_rank=False)
         sys.exit(2)

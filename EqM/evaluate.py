@@ -22,7 +22,7 @@ import argparse
 
 from tqdm import tqdm
 
-from EqM import architecture, cli, samplers
+from EqM import architecture, cli
 from EqM.engine import acceleration, precision
 from EqM.metrics import features, figures, reference, report, sources
 from EqM.metrics.collect import Progress
@@ -31,11 +31,18 @@ from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
 from EqM.run.errors import flag_of
 
-READ_BY = {  # flags that other ways to call this would pass over
-    ("ckpt",): (*cli.DESCENT, "weights", "num_fid_samples", "batch_size", "classes", "keep_samples", "compile"),
-    ("make_reference",): ("csv", "image_column", "label_column", "frame_interval"),
+ITEMS = ("image_size", "video", "clip_len")
+NETWORK = [name for name in architecture.MODEL_DEFAULTS if name not in (*ITEMS, "vae")]
+READ_BY = {  # flags that other ways to call this would pass over; data: of --make-reference; cache: one is decoded
+    ("ckpt",): (
+        *cli.DESCENT, "weights", "num_fid_samples", "batch_size", "classes", "keep_samples", "compile", *NETWORK,
+        "sample_eps",
+    ),
+    ("data",): ("csv", "image_column", "label_column", "frame_interval"),
+    ("ckpt", "data"): (*ITEMS, "global_seed"),
+    ("ckpt", "cache"): ("vae", "vae_precision", "use_bf16", "use_amp"),
     ("samples", "ckpt"): ("json", "neighbours"),
-}
+}  # fmt: skip
 COUNT = {False: 50_000, True: 2_048}  # samples of images, of clips, as published figures are taken
 
 
@@ -82,14 +89,15 @@ def parse_args():
 def check_idle(parser, args):
     """End with one line if flags are given that what is asked for does not read."""
     mode = next(name for name in ("samples", "ckpt", "make_reference") if getattr(args, name))
-    defaults = {name: parser.get_default(name) for names in READ_BY.values() for name in names}
-    defaults["stepsize"] = samplers.STEPSIZES[args.sampler]  # which has been filled in
-    read = {name for modes, names in READ_BY.items() if mode in modes for name in names}
-    idle = [name for name, default in defaults.items() if name not in read and getattr(args, name) != default]
-    if idle:
-        parser.error(
-            f"{' and '.join(map(flag_of, idle))}: no effect with {flag_of(mode)}; drop it, or give what it is for"
-        )
+    paths = (args.samples, args.make_reference, args.reference)
+    caches = [path for path in paths if path and sources.is_cache(path)]
+    kinds = {"cache"} if caches else set()
+    if args.make_reference not in caches:
+        kinds.add("data" if args.make_reference else mode)
+    idle = [name for readers, names in READ_BY.items() if kinds.isdisjoint(readers) for name in names]
+    parser.refuse_idle(args, idle, f"with {flag_of(mode)}" + " of a latent cache" * (args.make_reference in caches))
+    if args.make_reference and args.clip_len and not args.video:
+        parser.error("--clip-len is for clips; give --video, or drop it")
 
 
 def main():
@@ -125,7 +133,7 @@ def main():
 
 def to_make(args, vae_in):
     """The source of --make-reference."""
-    if (Path(args.make_reference) / "cache.json").exists():
+    if sources.is_cache(args.make_reference):
         return sources.Decoded(args.make_reference, vae_in, args.vae)
     for name in ("image_size", "video", "clip_len"):
         if getattr(args, name) is None:

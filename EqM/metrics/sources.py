@@ -288,11 +288,16 @@ def claim(folder, made_by):
         raise UserError(f"--keep-samples {printable(folder)} cannot be used for samples: {reason(error)}") from None
 
 
+def is_cache(path):
+    """Whether a path names a latent cache."""
+    return (Path(path) / "cache.json").exists()
+
+
 def open_source(path, run_in=None, vae=None, tell=print):
     """The source that a path names: an npz of images, a latent cache, or a folder. Raises UserError."""
     path = Path(path)
     if path.is_dir():
-        return Decoded(path, run_in, vae) if (path / "cache.json").exists() else folder_as_it_is(path, tell)
+        return Decoded(path, run_in, vae) if is_cache(path) else folder_as_it_is(path, tell)
     if not path.is_file():
         raise UserError(f"{printable(path)} is neither a folder nor a file")
     return Npz(path)
