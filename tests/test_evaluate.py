@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import sys
 
@@ -205,6 +206,10 @@ def test_checkpoints_of_one_name_share_nothing_and_their_samples_are_never_mixed
     assert evaluate(*flags).code == 0, "the same samples are made again"
     other = evaluate(*flags, "--global-seed", 1)
     assert other.code == 2 and "a-0000003 holds other samples; choose another" in other.err
+    shutil.rmtree(tmp_path / "kept" / "a-0000003")
+    late = evaluate(*flags, "--global-seed", 1)
+    assert late.code == 2 and "b-0000003 holds other samples; choose another" in late.err
+    assert not (tmp_path / "kept" / "a-0000003").exists(), "told before the first is drawn"
 
 
 def test_what_is_printed_of_the_sampler_is_what_it_reads(evaluate, image_ckpt, real, image_folder, tmp_path):
