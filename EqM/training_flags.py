@@ -101,11 +101,3 @@ def check(parser, args):
             parser.error(f"{flag_of(name)} has {', '.join(map(str, values))}, one of them twice")
     if len(args.ema_decay) == 1:
         (args.ema_decay,) = args.ema_decay
-    if args.shard and args.optimizer == "muon":
-        parser.error("--optimizer muon wants whole matrices, which --shard splits; drop one")
-    if args.split_checkpoints and args.ema_std:
-        parser.error("--ema-std keeps snapshots as whole files, and --split-checkpoints writes none; drop one")
-    if args.shard and args.eval_every:
-        parser.error("--eval-every samples on each rank alone, which --shard does not allow; run evaluate.py instead")
-    if args.shard and args.ebm != "none":
-        parser.error("--shard cannot split an energy model, whose field is differentiated twice; drop one")
