@@ -3,7 +3,7 @@
 from EqM.data.geometry import geometry
 from EqM.models import EBM_KINDS, EqM, EqM_models
 from EqM.run import checkpoint
-from EqM.run.errors import UserError
+from EqM.run.errors import UserError, flag_of
 from EqM.transport import PATHS, PREDICTIONS
 
 # What a checkpoint's own args settle when it is used again; the values are the published defaults.
@@ -42,9 +42,8 @@ def follow_checkpoint(args, trained_with):
         given, trained = getattr(args, name), trained_with.get(name)
         agree = given == trained or (name == "vae" and "none" not in (given, trained))
         if given is not None and trained is not None and not agree:
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{flag} {given} contradicts the checkpoint, which was trained with {trained}; leave it out"
+                f"{flag_of(name)} {given} contradicts the checkpoint, which was trained with {trained}; leave it out"
             )
         setattr(args, name, given if given is not None else default if trained is None else trained)
 

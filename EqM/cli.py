@@ -12,7 +12,7 @@ from EqM import transport
 from EqM.architecture import MODEL_DEFAULTS
 from EqM.models import EBM_KINDS, EqM_models
 from EqM.run import distributed, stops
-from EqM.run.errors import UserError, is_mendable, is_out_of_memory, print_anything, reason
+from EqM.run.errors import UserError, flag_of, is_mendable, is_out_of_memory, print_anything, reason
 from EqM.samplers import SAMPLERS, STEPSIZES, Descent
 from EqM.transport import C_DEFAULTS, C_SCHEDULES, PATHS, PREDICTIONS
 
@@ -39,6 +39,15 @@ class Parser(argparse.ArgumentParser):
         for check in self.checks:
             check(self, Parser.parsed)
         return Parser.parsed
+
+    def refuse_idle(self, args, names, where):
+        """End with one line if any of these args is not at its default. where: it means nothing, in words."""
+        defaults = {name: self.get_default(name) for name in names}
+        if "stepsize" in defaults:
+            defaults["stepsize"] = STEPSIZES[args.sampler]  # which has been filled in
+        idle = [flag_of(name) for name, default in defaults.items() if getattr(args, name) != default]
+        if idle:
+            self.error(f"{' and '.join(idle)}: no effect {where}; drop it, or give what it is for")
 
     def error(self, message):
         complain(f"{self.prog}: error: {message}", every_rank=False)
@@ -103,7 +112,7 @@ def less_memory(args):
     """What needs less memory than these args, which may be None, in words."""
     given = vars(args) if args else {}
     ways = [
-        f"a smaller --{name.replace('_', '-')} than {given[name]}"
+        f"a smaller {flag_of(name)} than {given[name]}"
         for name in ("global_batch_size", "batch_size")
         if given.get(name, 1) > 1
     ]
@@ -247,14 +256,12 @@ def check_c(parser, args):
         parser.error(str(error))
     other = [name for name, value in settings.items() if value != C_DEFAULTS[name]]
     if other and args.prediction != "velocity":
-        parser.error(f"c(t) is part of the velocity's target; drop {_flag(other[0])} or --prediction {args.prediction}")
+        first = flag_of(other[0])
+        parser.error(f"c(t) is part of the velocity's target; drop {first} or --prediction {args.prediction}")
     unused = [name for name in ("c_start", "c_peak") if name in other and name not in C_SCHEDULES[args.c_schedule]]
     if unused:
-        parser.error(f"{_flag(unused[0])} has no effect on --c-schedule {args.c_schedule}; drop it, or choose another")
-
-
-def _flag(name):
-    return "--" + name.replace("_", "-")
+        first = flag_of(unused[0])
+        parser.error(f"{first} has no effect on --c-schedule {args.c_schedule}; drop it, or choose another")
 
 
 def add_runtime(parser):
@@ -377,6 +384,6 @@ def words_of(args, names=DESCENT):
     """The command line that says what these flags say in args; left out, all that add_sampler adds."""
     words = []
     for name in names:
-        flag, value = name.replace("_", "-"), getattr(args, name)
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
+        value = getattr(args, name)
+        words += [flag_of(name if value else f"no_{name}")] if isinstance(value, bool) else [flag_of(name), value]
     return words

@@ -19,22 +19,31 @@ if __name__ == "__main__":
     stops.end_at_once()  # until main handles them: what follows takes seconds to import
 
 import argparse
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from EqM import architecture, cli, samplers
+from EqM import architecture, cli
 from EqM.engine import acceleration, precision
 from EqM.metrics import features, figures, reference, report, sources
 from EqM.metrics.collect import Progress
 from EqM.metrics.evaluation import Evaluator
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed
+from EqM.run.errors import flag_of
 
-READ_BY = {  # flags that other ways to call this would pass over
-    ("ckpt",): (*cli.DESCENT, "weights", "num_fid_samples", "batch_size", "classes", "keep_samples", "compile"),
-    ("make_reference",): ("csv", "image_column", "label_column", "frame_interval"),
+ITEMS = ("image_size", "video", "clip_len")
+NETWORK = [name for name in architecture.MODEL_DEFAULTS if name not in (*ITEMS, "vae")]
+READ_BY = {  # flags that other ways to call this would pass over; data: of --make-reference; cache: one is decoded
+    ("ckpt",): (
+        *cli.DESCENT, "weights", "num_fid_samples", "batch_size", "classes", "keep_samples", "compile", *NETWORK,
+        "sample_eps",
+    ),
+    ("data",): ("csv", "image_column", "label_column", "frame_interval"),
+    ("ckpt", "data"): (*ITEMS, "global_seed"),
+    ("ckpt", "cache"): ("vae", "vae_precision", "use_bf16", "use_amp"),
     ("samples", "ckpt"): ("json", "neighbours"),
-}
+}  # fmt: skip
 COUNT = {False: 50_000, True: 2_048}  # samples of images, of clips, as published figures are taken
 
 
@@ -81,13 +90,15 @@ def parse_args():
 def check_idle(parser, args):
     """End with one line if flags are given that what is asked for does not read."""
     mode = next(name for name in ("samples", "ckpt", "make_reference") if getattr(args, name))
-    defaults = {name: parser.get_default(name) for names in READ_BY.values() for name in names}
-    defaults["stepsize"] = samplers.STEPSIZES[args.sampler]  # which has been filled in
-    read = {name for modes, names in READ_BY.items() if mode in modes for name in names}
-    idle = [name for name, default in defaults.items() if name not in read and getattr(args, name) != default]
-    if idle:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
-        parser.error(f"{flags}: no effect with --{mode.replace('_', '-')}; drop it, or give what it is for")
+    paths = (args.samples, args.make_reference, args.reference)
+    caches = [path for path in paths if path and sources.is_cache(path)]
+    kinds = {"cache"} if caches else set()
+    if args.make_reference not in caches:
+        kinds.add("data" if args.make_reference else mode)
+    idle = [name for readers, names in READ_BY.items() if kinds.isdisjoint(readers) for name in names]
+    parser.refuse_idle(args, idle, f"with {flag_of(mode)}" + " of a latent cache" * (args.make_reference in caches))
+    if args.make_reference and args.clip_len and not args.video:
+        parser.error("--clip-len is for clips; give --video, or drop it")
 
 
 def main():
@@ -123,7 +134,7 @@ def main():
 
 def to_make(args, vae_in):
     """The source of --make-reference."""
-    if (Path(args.make_reference) / "cache.json").exists():
+    if sources.is_cache(args.make_reference):
         return sources.Decoded(args.make_reference, vae_in, args.vae)
     for name in ("image_size", "video", "clip_len"):
         if getattr(args, name) is None:
@@ -139,27 +150,61 @@ def judged(args, ranks, run_in, vae_in, tell):
     names = names_of([path for each in args.ckpt for path in checkpoint.all_of(each)])
     keeps = [args.keep_samples and (Path(args.keep_samples) / name if len(names) > 1 else args.keep_samples)
              for name in names.values()]  # fmt: skip
-    distributed.on_main(ranks, lambda: [sources.check_free(keep) for keep in keeps if keep])
+    distributed.on_main(ranks, lambda: check_kept(args, run_in, names, keeps))
     for (path, name), keep in zip(names.items(), keeps, strict=True):
-        flags = argparse.Namespace(**vars(args))  # which the checkpoint fills in
         saved = checkpoint.load(path)
-        pipe = EqMPipeline.from_saved(saved, path, flags, run_in, args.weights, args.compile, tell)
-        count = args.num_fid_samples or COUNT[flags.video]
-        side = (flags.image_size, flags.image_size, 3)
-        shape = (flags.clip_len, *side) if flags.video else side
-        how = {name: getattr(args, name) for name in cli.DESCENT}
-        about = {
-            "weights": args.weights, "sampler": how, "classes": args.classes, "seed": args.global_seed,
-            "batch_size": args.batch_size, "precision": run_in.name, "vae": flags.vae,
-            "vae_precision": args.vae_precision,
-        }  # fmt: skip
-        weights = checkpoint.weights_named(saved, args.weights, path)
-        recipe = [checkpoint.fingerprint(weights), count, shape, flags.sample_eps, about] if args.json or keep else None
+        plan = plan_of(args, run_in, saved, path, args.json or keep)
+        pipe = EqMPipeline.from_saved(saved, path, plan.flags, run_in, args.weights, args.compile, tell)
         if keep:
-            distributed.on_main(ranks, lambda keep=keep, recipe=recipe: sources.claim(keep, {"judged": recipe}))
-        source = sources.Drawn(pipe, count, shape, how, args.classes, args.global_seed, args.batch_size, keep, recipe)
+            distributed.on_main(ranks, lambda keep=keep, plan=plan: sources.claim(keep, plan.made_by))
+        source = sources.Drawn(
+            pipe, plan.count, plan.shape, plan.about["sampler"], args.classes, args.global_seed, args.batch_size, keep,
+            plan.recipe,
+        )  # fmt: skip
         step = saved.get("step", int(path.stem) if path.stem.isdecimal() else None)
-        yield name, source, about | {"checkpoint": str(path)} | ({} if step is None else {"step": step})
+        yield name, source, plan.about | {"checkpoint": str(path)} | ({} if step is None else {"step": step})
+
+
+def check_kept(args, run_in, paths, keeps):
+    """Raise UserError if a folder for samples holds others: now, since a later one's turn may be hours away.
+
+    Only the checkpoints of folders that hold some are read.
+    """
+    for path, keep in zip(paths, keeps, strict=True):
+        if keep and not sources.check_free(keep):
+            sources.check_same(keep, plan_of(args, run_in, checkpoint.load(path), path).made_by)
+
+
+class Plan(NamedTuple):
+    """What is drawn of a checkpoint. flags: its own filled in. about: for the protocol. recipe: all that tells it."""
+
+    flags: argparse.Namespace
+    count: int
+    shape: tuple
+    about: dict
+    recipe: list | None
+
+    @property
+    def made_by(self):
+        """What a folder of these samples says of itself."""
+        return {"judged": self.recipe}
+
+
+def plan_of(args, run_in, saved, path, with_recipe=True):
+    """The Plan of a checkpoint that is loaded, saved, from path."""
+    flags = argparse.Namespace(**vars(args))
+    architecture.follow_checkpoint(flags, saved["args"])
+    count = args.num_fid_samples or COUNT[flags.video]
+    side = (flags.image_size, flags.image_size, 3)
+    shape = (flags.clip_len, *side) if flags.video else side
+    about = {
+        "weights": args.weights, "sampler": {name: getattr(args, name) for name in cli.DESCENT},
+        "classes": args.classes, "seed": args.global_seed, "batch_size": args.batch_size, "precision": run_in.name,
+        "vae": flags.vae, "vae_precision": args.vae_precision,
+    }  # fmt: skip
+    weights = checkpoint.weights_named(saved, args.weights, path)
+    recipe = [checkpoint.fingerprint(weights), count, shape, flags.sample_eps, about] if with_recipe else None
+    return Plan(flags, count, shape, about, recipe)
 
 
 def names_of(paths):

@@ -60,6 +60,10 @@ def parse_args():
     args = parser.parse_args()
     if args.strip and (args.push or args.precision != "fp32"):
         parser.error("--strip writes one FP32 checkpoint, without --precision or --push; drop them, or --strip")
+    if args.strip:
+        parser.refuse_idle(args, (*cli.DESCENT, "sheet", "global_seed"), "with --strip, whose file has no card")
+    elif not args.sheet:
+        parser.refuse_idle(args, ["global_seed"], "with --sheet 0, which draws nothing")
     return args
 
 

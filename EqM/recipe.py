@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from EqM.run.errors import UserError, printable, reason
+from EqM.run.errors import UserError, flag_of, printable, reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,7 +45,7 @@ def words(parser, argv):
     rivals = [*RIVALS, *({flag for action in group for flag in action.option_strings} for group in groups)]
     front = []
     for key, value in table.items():
-        flag = "--" + key.replace("_", "-")
+        flag = flag_of(key)
         if not any(flag in group and group & given for group in rivals):  # --use-amp beats use_bf16 = true
             front += _words(parser, path, key, flag, value)
     return front + argv

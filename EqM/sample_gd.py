@@ -33,12 +33,13 @@ from EqM.data.starts import Starts
 from EqM.engine import acceleration, precision
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed, resume
-from EqM.run.errors import UserError, printable, reason
+from EqM.run.errors import UserError, flag_of, printable, reason
 from EqM.run.log import progress
 
 SHEET_SIZE = 64  # samples on the contact sheet
 NOISE = 2  # raised when the samples of a seed change; 1 until version 0.1
 WRITERS = 4  # threads that encode and write files
+CLIPS = {"fps": 8, "clip_format": "gif"}  # flags that images have no use for
 NEW = cli.ADDED | {"also": [], "start": None, "start_noise": None}  # of a recipe, and what holds where it is absent
 
 
@@ -65,8 +66,8 @@ def parse_args():
     )
     group.add_argument("--start", metavar="DIR_OR_FILE", help="images or clips to start from, taken in turn")
     group.add_argument("--start-noise", type=cli.fraction, help="share of noise in the start; left out: 0.5")
-    group.add_argument("--fps", type=cli.positive_int, default=8, help="frames per second of clips")
-    group.add_argument("--clip-format", choices=("gif", "mp4"), default="gif", help="file type of clips")
+    group.add_argument("--fps", type=cli.positive_int, default=CLIPS["fps"], help="frames per second of clips")
+    group.add_argument("--clip-format", choices=("gif", "mp4"), default=CLIPS["clip_format"], help="file type of clips")
     group.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="add what is missing to a folder of the same samples; --no-resume refuses any folder that has some",
@@ -83,6 +84,13 @@ def check_start(parser, args):
         parser.error("--start-noise says how much of a --start is noise, and there is none")
     if args.start is not None and args.start_noise is None:
         args.start_noise = 0.5
+
+
+def check_clips(args):
+    """Raise UserError if a model of images is given what is for clips."""
+    idle = [flag_of(name) for name, default in CLIPS.items() if getattr(args, name) != default]
+    if idle and not args.video:
+        raise UserError(f"{' and '.join(idle)}: no effect on images, which this model makes; drop it")
 
 
 def recipe(args, weights, run_in, others, start):
@@ -193,6 +201,7 @@ def main():
     saved, vae = checkpoint.load(args.ckpt), args.vae
     tell = tqdm.write if ranks.is_main else str  # once, not on every rank
     pipe = EqMPipeline.from_saved(saved, args.ckpt, args, run_in, args.weights, args.compile, tell)
+    check_clips(args)
     others = [add(pipe, path, vae, args) for path in args.also]
     labels = pipe.labels(args.classes, range(args.num_fid_samples), args.global_seed)
     start = Starts(args.start, args.image_size, args.clip_len if args.video else None) if args.start else None

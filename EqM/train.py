@@ -148,9 +148,9 @@ def main():
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
     dataset = open_dataset(args)
+    parallel.check_flags(args, ranks, dataset.notes.append)
     looks = watch.Looks(args, ranks, dataset.class_names)
     loader.micro_batch_size(args, ranks)
-    parallel.check_flags(args, ranks, dataset.notes.append)
     total_steps = resume.total_steps(vars(args), len(dataset))
 
     needs_autoencoder = not args.latents or looks.need_autoencoder

@@ -5,6 +5,7 @@ import argparse
 from EqM import cli, transplant
 from EqM.engine import acceleration, ema, parallel
 from EqM.engine import optimizer as optim
+from EqM.run.errors import flag_of
 from EqM.transport import LOSS_WEIGHTS
 
 SWITCH = argparse.BooleanOptionalAction
@@ -97,14 +98,6 @@ def check(parser, args):
     for name in ("ema_decay", "ema_std"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
-            parser.error(f"--{name.replace('_', '-')} has {', '.join(map(str, values))}, one of them twice")
+            parser.error(f"{flag_of(name)} has {', '.join(map(str, values))}, one of them twice")
     if len(args.ema_decay) == 1:
         (args.ema_decay,) = args.ema_decay
-    if args.shard and args.optimizer == "muon":
-        parser.error("--optimizer muon wants whole matrices, which --shard splits; drop one")
-    if args.split_checkpoints and args.ema_std:
-        parser.error("--ema-std keeps snapshots as whole files, and --split-checkpoints writes none; drop one")
-    if args.shard and args.eval_every:
-        parser.error("--eval-every samples on each rank alone, which --shard does not allow; run evaluate.py instead")
-    if args.shard and args.ebm != "none":
-        parser.error("--shard cannot split an energy model, whose field is differentiated twice; drop one")

@@ -166,7 +166,6 @@ def test_a_bad_value_is_one_line_before_anything_is_made(run_script, base, tmp_p
         ("train", "--latents /nowhere", "either --data-path"),
         ("train", "--c-start 0.7 --c-schedule linear", "--c-start has no effect on --c-schedule linear"),
         ("train", "--c-scale 8 --prediction noise", "drop --c-scale or --prediction noise"),
-        ("train", "--shard --ebm dot", "--shard cannot split an energy model"),
         ("train", "--split-checkpoints", "--split-checkpoints"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import sys
 
@@ -166,7 +167,7 @@ def test_what_the_autoencoder_alone_costs(run_script, evaluate, image_folder, ti
     )
     assert coded.code == 0, coded.err
     evaluate("--make-reference", image_folder, "--out", tmp_path / "ref.npz", "--image-size", 8)
-    floor = evaluate("--samples", tmp_path / "c", "--reference", tmp_path / "ref.npz")
+    floor = evaluate("--samples", tmp_path / "c", "--reference", tmp_path / "ref.npz", "--vae", tiny_vae)
     assert floor.code == 0, floor.err
     assert floor.figures["fid"] > 1e-3 and floor.told["protocol"]["judged"]["vae"] == tiny_vae
     networks = features.Networks(FlatInception(weights, torch.device("cpu")))
@@ -205,6 +206,10 @@ def test_checkpoints_of_one_name_share_nothing_and_their_samples_are_never_mixed
     assert evaluate(*flags).code == 0, "the same samples are made again"
     other = evaluate(*flags, "--global-seed", 1)
     assert other.code == 2 and "a-0000003 holds other samples; choose another" in other.err
+    shutil.rmtree(tmp_path / "kept" / "a-0000003")
+    late = evaluate(*flags, "--global-seed", 1)
+    assert late.code == 2 and "b-0000003 holds other samples; choose another" in late.err
+    assert not (tmp_path / "kept" / "a-0000003").exists(), "told before the first is drawn"
 
 
 def test_what_is_printed_of_the_sampler_is_what_it_reads(evaluate, image_ckpt, real, image_folder, tmp_path):
@@ -307,6 +312,20 @@ def test_few_samples_are_a_warning_with_the_number(evaluate, samples, real, tmp_
         ("--make-reference {samples} --out {none} --json r.json", "--json: no effect with --make-reference"),
         ("--samples {samples} --reference {real} --mu 0.2 --stepsize 0.1", "--stepsize and --mu: no effect"),
         ("--samples {samples} --reference {real} --csv x", "--csv: no effect with --samples"),
+        (
+            "--samples {samples} --reference {real} --image-size 8 --video --clip-len 4",
+            "--image-size and --video and --clip-len: no effect with --samples",
+        ),
+        ("--samples {samples} --reference {real} --model EqM-T/4 --global-seed 1", "--model and --global-seed: no eff"),
+        ("--samples {samples} --reference {real} --vae none --use-bf16", "--vae and --use-bf16: no effect"),
+        ("--ckpt {ckpt} --reference {real} --frame-interval 2", "--frame-interval: no effect with --ckpt"),
+        ("--make-reference {samples} --out {none} --image-size 8 --clip-len 4", "--clip-len is for clips"),
+        ("--make-reference {samples} --out {none} --image-size 8 --frame-interval 2", "--frame-interval is for clips"),
+        ("--make-reference {samples} --out {none} --uncond --use-amp", "--uncond and --use-amp: no effect"),
+        (
+            "--make-reference {cache} --out {none} --image-size 8 --csv x",
+            "--csv and --image-size: no effect with --make-reference of a latent cache",
+        ),
         ("--ckpt {ckpt} --reference {real} --keep-samples {samples}", "holds 000.png and more .*; choose another"),
         ("--reference {real}", "one of the arguments"),
     ],
@@ -325,9 +344,11 @@ def test_bad_input_is_one_line(evaluate, samples, real, image_ckpt, clip_folder,
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(6), sigma=np.eye(6), made=made)
     np.savez(tmp_path / "half.npz", mu=np.zeros(6))
     np.savez(tmp_path / "strange.npz", mu=np.zeros(6), sigma=np.eye(6), made="[1]")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cache.json").write_text("{}")
     names = ("cut", "floats", "other", "foreign", "half", "strange")
     places = {name: tmp_path / f"{name}.npz" for name in names}
-    places |= {name: tmp_path / name for name in ("empty", "mixed", "odd", "none")}
+    places |= {name: tmp_path / name for name in ("empty", "mixed", "odd", "none", "cache")}
     places |= {"samples": samples, "real": real, "big": big, "ckpt": image_ckpt, "clips": clip_folder}
     filled = flags.format(**places).split()
     before = {path.name for path in tmp_path.iterdir()}

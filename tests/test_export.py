@@ -24,7 +24,8 @@ def take_away(run_script, tmp_path):
     """take_away(checkpoint, *flags, out="away"): the outcome, with .folder."""
 
     def run(ckpt, *flags, out="away"):
-        result = run_script("export", "--ckpt", ckpt, "--out", tmp_path / out, *FLAGS, *flags)
+        drawing = [] if "--strip" in flags else FLAGS
+        result = run_script("export", "--ckpt", ckpt, "--out", tmp_path / out, *drawing, *flags)
         result.folder = tmp_path / out
         return result
 
@@ -190,6 +191,9 @@ def test_a_push_that_fails_leaves_the_folder(take_away, tmp_path, monkeypatch):
     [
         (["--weights", "ema-0.5"], "--weights ema-0.5 is not in"),
         (["--strip", "--precision", "bf16"], "--strip writes one FP32 checkpoint"),
+        (["--strip", "--stepsize", 0.2], "--stepsize: no effect with --strip"),
+        (["--strip", "--sheet", 3, "--global-seed", 1], "--sheet and --global-seed: no effect with --strip"),
+        (["--sheet", 0, "--global-seed", 1], "--global-seed: no effect with --sheet 0"),
         (["--out", "/dev/null/x"], "cannot be written"),
         (["--out", "."], "exists already"),
         (["--ckpt", "/nowhere.pt"], "is not a file"),

@@ -2,12 +2,14 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from EqM.run import errors
 from helpers import REPO
 
 FLOORS = {  # each imports from lower floors alone, and within its own
@@ -67,6 +69,13 @@ def test_the_method_knows_no_precision_device_file_rank_or_flag():
         text = (REPO / "EqM" / f"{name}.py").read_text(encoding="utf-8")
         for word in ("autocast", "bfloat16", ".half(", ".cuda(", "argparse", "distributed", "open(", "Path("):
             assert word not in text, f"{name}.py says {word}"
+
+
+def test_an_argument_becomes_its_flag_in_one_place():
+    assert errors.flag_of("num_sampling_steps") == "--num-sampling-steps"
+    spelt = re.compile(r"""replace\(['"]_['"], ?['"]-['"]\)""")
+    paths = (REPO / "EqM").rglob("*.py")
+    assert [path.name for path in paths if spelt.search(path.read_text(encoding="utf-8"))] == ["errors.py"]
 
 
 @pytest.fixture(scope="module")

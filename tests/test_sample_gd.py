@@ -339,6 +339,7 @@ def test_a_stop_norm_makes_other_samples(sample, image_ckpt):
         ("--start {large}", "has 16 x 16 pixels, and this model makes 8 x 8"),
         ("--also {clip}", "clip.pt cannot be added: its latents"),
         ("--also /nowhere.pt", "/nowhere.pt"),
+        ("--fps 3 --clip-format mp4", "--fps and --clip-format: no effect on images"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_anything_is_made(

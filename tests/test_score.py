@@ -181,6 +181,7 @@ def test_a_file_that_does_not_decode_is_named_and_has_no_score(run, flat_folder)
         ("flat", ["--image-column", "x"], "--image-column and --label-column are for parquet"),
         ("flat", ["--folder", "/dev/null/scores"], "--folder /dev/null/scores cannot be made"),
         ("flat", ["--video"], "contradicts the checkpoint"),
+        ("flat", ["--frame-interval", 2], "--frame-interval is for clips"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(run, flat_folder, tmp_path, data, flags, words):

@@ -37,6 +37,8 @@ class LabelledItems(Dataset, ABC):
     """
 
     def __init__(self, labels, class_names, size, clip_len=None, frame_interval=None, flip=True, seed=0):
+        if frame_interval and not clip_len:
+            raise UserError("--frame-interval is for clips, and these are images; drop it, or give --video")
         self.labels = np.array(labels)
         self.class_names = class_names
         self.notes = []

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from EqM.data.geometry import geometry
 from EqM.run import resume, seeds
-from EqM.run.errors import UserError, reason
+from EqM.run.errors import UserError, flag_of, reason
 
 KEY = ("vae", "image_size", "video", "clip_len")  # what training's own flags must agree with
 TYPES = {"vae": str, "image_size": int, "video": bool, "clip_len": int, "class_names": list}  # of cache.json's entries
@@ -54,8 +54,8 @@ class LatentCache(Dataset):
             ) from None
         for name in KEY:
             if not _same(name, meta[name], getattr(args, name)):
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"--latents {folder} was made with {flag} {meta[name]}, not {getattr(args, name)}")
+                was = f"{flag_of(name)} {meta[name]}"
+                raise UserError(f"--latents {folder} was made with {was}, not {getattr(args, name)}")
         try:
             finished = self._open(meta)
             if finished < len(self.labels):

@@ -25,7 +25,7 @@ def add_flags(parser):
 
 
 def check_flags(args, ranks, tell):
-    """Raise UserError unless the ranks can be split as the flags say.
+    """Raise UserError unless the ranks can be split as the flags say, and the rest of a run goes with it.
 
     tell: called with a line if there is one rank, which is as without these flags.
     """
@@ -34,14 +34,24 @@ def check_flags(args, ranks, tell):
         args.shard, args.shard_size, args.split_checkpoints = False, None, False
     if args.split_checkpoints and not args.shard:
         raise UserError("--split-checkpoints has each rank write its part of a network that --shard splits; give both")
-    if args.shard_size is None:
-        return
-    if not args.shard:
+    if args.shard_size is not None and not args.shard:
         raise UserError(f"--shard-size {args.shard_size} says how --shard splits a network; give --shard too")
-    if args.shard_size < 2 or ranks.world_size % args.shard_size:
+    if not args.shard:
+        return
+    if args.shard_size is not None and (args.shard_size < 2 or ranks.world_size % args.shard_size):
         raise UserError(
             f"--shard-size {args.shard_size} must be at least 2 and divide the number of ranks, {ranks.world_size}"
         )
+    if args.optimizer == "muon":
+        raise UserError("--optimizer muon wants whole matrices, which --shard splits; drop one")
+    if args.split_checkpoints and args.ema_std:
+        raise UserError("--ema-std keeps snapshots as whole files, and --split-checkpoints writes none; drop one")
+    if args.eval_every:
+        raise UserError(
+            "--eval-every samples on each rank alone, which --shard does not allow; run evaluate.py instead"
+        )
+    if args.ebm != "none":
+        raise UserError("--shard cannot split an energy model, whose field is differentiated twice; drop one")
 
 
 def splits(args, ranks):

@@ -40,7 +40,7 @@ from EqM.measure.precisions_report import (
 from EqM.measure.report import machine
 from EqM.metrics.report import NAMES, ranked_by
 from EqM.run import distributed
-from EqM.run.errors import UserError, reason
+from EqM.run.errors import UserError, flag_of, reason
 
 REPO = Path(__file__).resolve().parents[2]
 DATASETS = REPO / "datasets"
@@ -190,7 +190,7 @@ def training_tasks(args, seeds):
 
 def sampling_flags(args):
     names = ("stepsize", "num_sampling_steps", "mu", "cfg_channels")
-    return [word for name in names for word in ("--" + name.replace("_", "-"), getattr(args, name))]
+    return [word for name in names for word in (flag_of(name), getattr(args, name))]
 
 
 def sampling_tasks(args, seeds):

@@ -20,7 +20,7 @@ import torch
 
 from EqM import architecture, cli, train
 from EqM.data import loader
-from EqM.engine import precision
+from EqM.engine import parallel, precision
 from EqM.measure.cards import CARDS
 from EqM.measure.rehearsal import PARTS, rehearsal
 from EqM.measure.report import table
@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, Namespace]:
     given.context = 0.0 if on_cpu else CONTEXT
     if room(given.memory, given.context) <= 0:
         parser.error(f"--memory {given.memory:g}: CUDA's context and libraries alone take {CONTEXT:g} GiB; give more")
+    parallel.check_flags(args, Ranks(0, given.ranks, None), print)
     return given, args
 
 
@@ -147,7 +148,7 @@ def figures(args: Namespace, name: str, given: Namespace) -> tuple[dict[str, Any
     if card and name != "fp32" and getattr(card, name) is None:
         return None
     batch = loader.micro_batch_size(args, Ranks(0, given.ranks, None))
-    shards = (args.shard_size or given.ranks) if given.ranks > 1 and getattr(args, "shard", False) else 1
+    shards = (args.shard_size or given.ranks) if args.shard else 1
     with rehearsal(args, name, card.capability if card else AMPERE, shards) as run:
         search = Search(run, min(passes, 2))
         step, other = search.step(batch), search.step(batch // 2 or 2)
@@ -264,7 +265,7 @@ def notes(args, given):
         lines.append("This PyTorch has no CUDA: a card's kernels are counted on CPU tensors; encoding is approximate.")
     if args.compile:
         lines.append("--compile is not counted: it fuses what is not a product, so that kernels and bytes are fewer.")
-    if getattr(args, "shard", False):
+    if args.shard:
         lines.append("Shares of --shard are by arithmetic, with two blocks whole at a time; sending is not counted.")
     if args.latents == NO_PLACE:
         lines.append("Latents come from a cache; with --data-path DIR, which need not exist, encoding is counted.")

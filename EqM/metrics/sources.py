@@ -261,15 +261,31 @@ class Drawn:
 
 
 def check_free(folder):
-    """Raise UserError if a folder holds pictures or clips that no sampler said what they are made by."""
-    if not os.path.isdir(folder) or (Path(folder) / files.SAMPLES_NOTE).exists():
-        return
+    """Whether a folder is free for samples, and not a sampler's, which says in a note what its samples are made by.
+
+    Raises UserError if it holds pictures or clips without such a note.
+    """
+    if not os.path.isdir(folder):
+        return True
+    if (Path(folder) / files.SAMPLES_NOTE).exists():
+        return False
     kinds = (*image_extensions(), *files.CLIP_EXTENSIONS)
     found = [name for name in files.visible(folder) if name.lower().endswith(kinds)]
     if found:
         raise UserError(
             f"--keep-samples {printable(folder)} holds {found[0]} and more that is not ours to replace; choose another"
         )
+    return True
+
+
+def check_same(folder, made_by):
+    """Raise UserError unless a sampler's folder holds the samples that are made by this, a JSON object."""
+    try:
+        theirs = json.loads((Path(folder) / files.SAMPLES_NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from None
+    if theirs != json.loads(json.dumps(made_by)):
+        raise UserError(f"--keep-samples {printable(folder)} holds other samples; choose another")
 
 
 def claim(folder, made_by):
@@ -277,22 +293,29 @@ def claim(folder, made_by):
 
     Raises UserError if it holds anything else, or cannot be made.
     """
-    check_free(folder)
-    note, made_by = Path(folder) / files.SAMPLES_NOTE, json.loads(json.dumps(made_by))
+    if not check_free(folder):
+        check_same(folder, made_by)
     try:
-        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_by:
-            raise UserError(f"--keep-samples {printable(folder)} holds other samples; choose another")
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(made_by, indent=1), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--keep-samples {printable(folder)} cannot be used for samples: {reason(error)}") from None
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / files.SAMPLES_NOTE).write_text(json.dumps(made_by, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise _unusable(folder, error) from None
+
+
+def _unusable(folder, error):
+    return UserError(f"--keep-samples {printable(folder)} cannot be used for samples: {reason(error)}")
+
+
+def is_cache(path):
+    """Whether a path names a latent cache."""
+    return (Path(path) / "cache.json").exists()
 
 
 def open_source(path, run_in=None, vae=None, tell=print):
     """The source that a path names: an npz of images, a latent cache, or a folder. Raises UserError."""
     path = Path(path)
     if path.is_dir():
-        return Decoded(path, run_in, vae) if (path / "cache.json").exists() else folder_as_it_is(path, tell)
+        return Decoded(path, run_in, vae) if is_cache(path) else folder_as_it_is(path, tell)
     if not path.is_file():
         raise UserError(f"{printable(path)} is neither a folder nor a file")
     return Npz(path)

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", and how to say another, or a file's name, in one line."""
+"""The one exception that means "the input is wrong", and how to say another, a file's name or a flag in one line."""
 
 import errno
 import sys
@@ -29,6 +29,11 @@ def reason(error):
 def printable(text):
     """A text in which what no terminal or UTF-8 file takes, as names of files may hold it, is spelt: `caf\\udce9`."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
+def flag_of(name):
+    """The flag that an argument is given by: --image-size of image_size."""
+    return "--" + name.replace("_", "-")
 
 
 def is_mendable(error):

@@ -16,11 +16,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from EqM import samplers, train
-from EqM.engine import acceleration, prepare
+from EqM.engine import acceleration, parallel, prepare
 from EqM.engine.precision import Precision
 from EqM.engine.trainer import Trainer
 from EqM.guidance import Guided
 from EqM.models import EqM_models
+from EqM.run.distributed import Ranks
+from EqM.run.shards import is_shard
 
 CPU = torch.device("cpu")
 
@@ -149,6 +151,40 @@ def test_data_parallel_does_not_cut_compiled_blocks_nor_send_buffers(traced, mon
     finally:
         torch.distributed.destroy_process_group()
     assert len(traced) == 3, "the trial of the compiler, and a block forwards and backwards"
+
+
+@pytest.fixture
+def one_rank_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, CPU)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("words", ["", "--grad-checkpointing"])
+def test_blocks_of_a_sharded_network_are_compiled_whole_and_step_as_plain_ones(
+    traced, one_rank_group, monkeypatch, words
+):
+    """In a group of one rank, whose share is the whole: the hooks that gather and free it are those of many."""
+    monkeypatch.setattr(parallel, "splits", lambda args, ranks: args.shard)
+    inputs = [(torch.randn(2, 4, 8, 8), torch.tensor([0, 1])) for _ in range(8)]
+
+    def losses(flags):
+        torch.manual_seed(0)
+        model = EqM_models["EqM-T/4"](input_size=8, num_classes=3)
+        given = f"--latents none --grad-accum-steps 2 --max-grad-norm 1 --lr 1e-2 {flags}"
+        args = train.parse_args(given.split())
+        trainer = Trainer(args, model, Precision("fp32", CPU, "test"), 4, one_rank_group, tell=pytest.fail)
+        torch.manual_seed(1)
+        stream = iter(inputs)
+        return [trainer.step(stream)[0] for _ in range(4)], model
+
+    plain, _ = losses("")
+    sharded, model = losses(f"--shard --compile {words}")
+    assert torch.stack(sharded) == pytest.approx(torch.stack(plain), rel=1e-6)
+    assert all(is_shard(parameter) for parameter in model.parameters())
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2, "a block's, and the trial of the compiler"
+    assert len(traced) == 3 and not counters["graph_break"], "the trial, and a block forwards and backwards"
 
 
 @pytest.mark.parametrize(("choice", "most"), [("elementwise", 26), ("nothing", 38)])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from EqM import train
 from EqM.engine import parallel
 from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError
@@ -51,6 +52,16 @@ def assert_same(one, other):
 def test_sharded_ranks_step_as_data_parallel_ones_and_go_on_from_files_and_from_parts(two_ranks):
     for out, err in two_ranks[1]:
         assert out.endswith("all held\n"), err
+
+
+def test_four_ranks_in_two_copies_step_as_data_parallel_ones_and_go_on_in_0_bits(tmp_path):
+    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    script = Path(__file__).parent / "four_ranks.py"
+    result = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_checkpoint_in_parts_is_the_one_file(two_ranks, run_script, tmp_path):
@@ -161,3 +172,21 @@ def test_flags_that_cannot_split_the_ranks_are_told(flags, ranks, words):
     args = type("Args", (), dict(zip(("shard", "shard_size", "split_checkpoints"), flags, strict=True)))
     with pytest.raises(UserError, match=words):
         parallel.check_flags(args, distributed.Ranks(0, ranks, torch.device("cpu")), print)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--optimizer muon", "--optimizer muon wants whole matrices"),
+        ("--ebm dot", "--shard cannot split an energy model"),
+        ("--eval-every 5 --eval-reference x", "--eval-every samples on each rank alone"),
+        ("--split-checkpoints --ema-std 0.1", "--ema-std keeps snapshots as whole files"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_told_of_several_ranks_and_goes_on_one(flags, words):
+    given = ["--latents", "none", "--shard", *flags.split()]
+    with pytest.raises(UserError, match=words):
+        parallel.check_flags(train.parse_args(given), distributed.Ranks(0, 2, torch.device("cpu")), pytest.fail)
+    args, told = train.parse_args(given), []
+    parallel.check_flags(args, distributed.Ranks(0, 1, torch.device("cpu")), told.append)
+    assert told == ["--shard has no effect: there is one rank"] and not args.shard

@@ -24,9 +24,9 @@ STEPS = 20
 FLAGS = "--latents none --max-grad-norm 1 --grad-accum-steps 2 --ema-decay 0.9 --lr 1e-3 --lr-schedule cosine"
 
 
-def make(ranks, *flags, name="fp32"):
+def make(ranks, *flags, name="fp32", depth=2):
     torch.manual_seed(0)
-    model = EqM(input_size=8, hidden_size=48, depth=2, num_heads=2, num_classes=3)
+    model = EqM(input_size=8, hidden_size=48, depth=depth, num_heads=2, num_classes=3)
     args = train.parse_args([*FLAGS.split(), "--warmup-steps", "2", *flags])
     return Trainer(args, model, Precision(name, ranks.device, "test", rounded=True), STEPS, ranks)
 
