@@ -18,10 +18,19 @@ import torch
 from PIL import Image
 from torch import nn
 
+import peaks
 import tiny_autoencoders
 from helpers import SIGNALS, load_script, write_clip
 
 torch.set_num_threads(1)
+
+TAKE_LONG = ("errors", "in_turn", "two_ranks", "inception_file")  # fixtures; with --dist loadgroup each is made once
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for name in set(TAKE_LONG).intersection(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +125,12 @@ def autoencoder_folders(tmp_path_factory):
     for kind in tiny_autoencoders.CONFIGS:
         tiny_autoencoders.build(kind).save_pretrained(root / kind)
     return {kind: str(root / kind) for kind in tiny_autoencoders.CONFIGS}
+
+
+@pytest.fixture
+def small_peak(monkeypatch):
+    """The benchmark measures the machine's peak by a small product, in its own process as ever."""
+    monkeypatch.setattr("EqM.measure.benchmark.matmul_peak", peaks.of_a_small_product)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from EqM.run import checkpoint, seeds
 from EqM.run.errors import UserError
 from EqM.transport import Transport
 from helpers import IMAGE_ARGS, REPO, assert_same_checkpoint, save_checkpoint, train_args
+from in_turn import ENCODE, FOUR_STEPS, SAMPLE, stop_after_two_steps
 
 COUNTS = "0 -1 1.5 x inf nan"  # none of them a positive whole number
 
@@ -240,12 +240,14 @@ def test_a_programming_error_keeps_its_traceback():
     assert stop.value.code == 2
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
 def torchrun(ranks, script, *argv, check=True):
     """A script under torchrun, as people start it."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, REPO / "EqM" / f"{script}.py", *map(str, argv)],
+        [*TORCHRUN, f"--nproc_per_node={ranks}", "--standalone", REPO / "EqM" / f"{script}.py", *map(str, argv)],
         capture_output=True, text=True, timeout=120, env=environment,
     )  # fmt: skip
     assert not check or result.returncode == 0, result.stderr
@@ -257,39 +259,51 @@ def losses(root):
         return [float(row["Train Loss"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("flag", ["--use-bf16", "--use-amp"])
-def test_two_ranks_train_stop_go_on_exactly_and_sample(image_folder, tmp_path, flag):
-    flags = [flag, "--grad-accum-steps", 2, "--epochs", 50, "--log-every", 1, "--num-workers", 1]
-    torchrun(2, "train", *train_args(image_folder, tmp_path / "straight", *flags, "--max-steps", 4, "--ckpt-every", 2))
-    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")  # as a kill after the second step leaves it
-    for late in (tmp_path / "stopped").glob("*/checkpoints/0000004.pt"):
-        late.unlink()
-    for log in (tmp_path / "stopped").glob("*/metrics.csv"):
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
-    resumed = torchrun(
-        2, "train", *train_args(image_folder, tmp_path / "stopped", *flags, "--max-steps", 4, "--auto-resume")
-    )
-    assert ", exactly" in resumed.stdout and "2 rank(s)" in resumed.stdout
-    (straight,) = (tmp_path / "straight").glob("*/checkpoints/0000004.pt")
-    (stopped,) = (tmp_path / "stopped").glob("*/checkpoints/0000004.pt")
-    assert_same_checkpoint(straight, stopped)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+def assert_went_on_exactly(straight, stopped):
+    (whole,) = straight.glob("*/checkpoints/0000004.pt")
+    (parts,) = stopped.glob("*/checkpoints/0000004.pt")
+    assert_same_checkpoint(whole, parts)
+    assert losses(stopped) == losses(straight)
+    return whole
 
-    if flag == "--use-bf16":  # in which one rank and two sample alike for the same reason
-        return
-    words = "--num-fid-samples 5 --num-sampling-steps 3 --stepsize 0.1 --device cpu --global-batch-size 4"
+
+def test_two_ranks_train_stop_and_go_on_exactly(image_folder, tmp_path):
+    straight, stopped, flags = tmp_path / "straight", tmp_path / "stopped", ["--use-bf16", "--num-workers", 1]
+    torchrun(2, "train", *train_args(image_folder, straight, *FOUR_STEPS, *flags, "--ckpt-every", 2))
+    stop_after_two_steps(straight, stopped)
+    resumed = torchrun(2, "train", *train_args(image_folder, stopped, *FOUR_STEPS, *flags, "--auto-resume"))
+    assert ", exactly" in resumed.stdout and "2 rank(s)" in resumed.stdout
+    assert_went_on_exactly(straight, stopped)
+
+
+@pytest.fixture(scope="module")
+def in_turn(image_folder, clip_folder, tiny_vae, tmp_path_factory):
+    """Folder of what two ranks did, one command after the other: to start processes for each is what would cost."""
+    folder = tmp_path_factory.mktemp("in_turn")
+    script = REPO / "tests/in_turn.py"
+    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    result = subprocess.run(
+        [*TORCHRUN, "--nproc_per_node=2", "--standalone", script, image_folder, clip_folder, tiny_vae, folder],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_two_ranks_of_fp16_go_on_exactly_and_sample_as_one(in_turn, run_script):
+    assert ", exactly" in next((in_turn / "stopped").glob("*/log.txt")).read_text()
+    whole = assert_went_on_exactly(in_turn / "straight", in_turn / "stopped")
+    assert run_script("sample_gd", "--ckpt", whole, "--folder", in_turn / "s1", *SAMPLE).code == 0
     pixels = []
-    for ranks in (1, 2):
-        torchrun(ranks, "sample_gd", "--ckpt", straight, "--folder", tmp_path / f"s{ranks}", flag, *words.split())
-        with np.load(tmp_path / f"s{ranks}.npz") as archive:
+    for ranks in (1, 2):  # in BF16 they sample alike for the same reason
+        with np.load(in_turn / f"s{ranks}.npz") as archive:
             pixels.append(archive["arr_0"].astype(int))
     assert pixels[0].shape == (5, 8, 8, 3) and np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
-def test_two_ranks_with_accumulation_step_along_the_mean_gradient(image_folder, tmp_path):
+def test_two_ranks_with_accumulation_step_along_the_mean_gradient(in_turn, image_folder):
     """Adam's first moment after one step is a tenth of it; here it is put together from each rank's two passes."""
-    torchrun(2, "train", *train_args(image_folder, tmp_path, "--max-steps", 1, "--grad-accum-steps", 2))
-    saved = checkpoint.load(next(tmp_path.glob("*/checkpoints/*.pt")))
+    saved = checkpoint.load(next(in_turn.glob("accumulated/*/checkpoints/*.pt")))
 
     torch.manual_seed(0)
     model = EqM_models["EqM-T/4"](input_size=8, num_classes=2, in_channels=3).train()
@@ -324,60 +338,29 @@ def test_what_all_ranks_find_wrong_is_said_once(image_folder, tmp_path):
     assert result.returncode != 0 and result.stderr.count("train.py: error") == 1, result.stderr
 
 
-def test_two_ranks_encode_one_cache(clip_folder, tiny_vae, tmp_path):
-    words = ["--vae", tiny_vae, "--image-size", 16, "--video", "--clip-len", 2, "--num-workers", 0, "--device", "cpu"]
-    for ranks in (1, 2):
-        torchrun(ranks, "extract_latents", "--data-path", clip_folder, "--out", tmp_path / f"c{ranks}", *words)
+def test_two_ranks_encode_one_cache(in_turn, run_script, clip_folder, tiny_vae):
+    words = ["--data-path", clip_folder, "--out", in_turn / "c1", "--vae", tiny_vae, *ENCODE]
+    assert run_script("extract_latents", *words).code == 0
     names = [f"{shard:06d}.npy" for shard in range(4)]
-    one, two = (np.stack([np.load(tmp_path / f"c{ranks}" / name) for name in names]) for ranks in (1, 2))
+    one, two = (np.stack([np.load(in_turn / f"c{ranks}" / name) for name in names]) for ranks in (1, 2))
     assert np.abs(one.astype(float) - two).max() < 1e-2
 
 
-INF_ON_ONE_RANK = """
-import torch
-from EqM import train
-from EqM.engine import precision
-from EqM.engine.trainer import Trainer
-from EqM.run import distributed
-from EqM.models import EqM_models
-ranks = distributed.setup("cpu")
-run_in = precision.Precision("fp16", ranks.device, "test", rounded=True)
-torch.manual_seed(0)
-model = EqM_models["EqM-T/4"](input_size=8, num_classes=2)
-trainer = Trainer(train.parse_args(["--latents", "none", "--lr", "1e-2"]), model, run_in, 2, ranks)
-def weights():
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum().item()
-start, seen = weights(), []
-for step in range(2):
-    x = torch.randn(2, 4, 8, 8) * (torch.inf if step == 0 and ranks.rank == 1 else 1)
-    trainer.step(iter([(x, torch.tensor([0, 1]))]))
-    scale = trainer.scaler.get_scale()
-    seen.append((trainer.guard.check(step, scale), scale, weights()))
-both = distributed.gather(torch.tensor(seen, dtype=torch.float64))
-if ranks.is_main:
-    assert torch.equal(both[0], both[1]), both
-    assert seen[0] == (1, 32768.0, start) and seen[1][:2] == (1, 32768.0) and seen[1][2] != start, (seen, start)
-    print("the same on both")
-distributed.cleanup()
-"""
-
-
-def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path):
-    script = tmp_path / "inf_on_one_rank.py"
-    script.write_text(INF_ON_ONE_RANK)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(REPO)},
-    )  # fmt: skip
-    assert "the same on both" in result.stdout, result.stderr
+def test_an_overflow_on_one_rank_skips_the_step_on_all(in_turn):
+    """Rows: at the start, after a step that overflows on the second rank, after one that does not."""
+    main, other = (torch.load(in_turn / f"overflow{rank}.pt") for rank in range(2))
+    assert torch.equal(main, other)
+    skipped, scale, weights = main.unbind(1)
+    assert skipped.tolist() == [0, 1, 1] and scale.tolist() == [65536, 32768, 32768]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(image_folder, tmp_path):
     """Slurm warns every process; a person warns one."""
     flags = ["--max-steps", 100_000, "--epochs", 10**6, "--log-every", 1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     process = subprocess.Popen(
-        [*command, REPO / "EqM/train.py", *train_args(image_folder, tmp_path, *flags)],
+        [*TORCHRUN, "--nproc_per_node=2", "--standalone", REPO / "EqM/train.py",
+         *train_args(image_folder, tmp_path, *flags)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     while "(step=" not in process.stdout.readline():

@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("script", "argv"), MIXED, ids=lambda part: part if isinstance(part, str) else " ".join(part))
-def test_every_command_of_mixed_precision_runs(run_script, image_folder, trained, tmp_path, script, argv):
+def test_every_command_of_mixed_precision_runs(run_script, small_peak, image_folder, trained, tmp_path, script, argv):
     """As it stands, with a tiny model and few steps added."""
     if not list(trained.glob("*/checkpoints/*.pt")):
         assert run_script("train", *train_args(image_folder, trained, "--use-bf16")).code == 0

@@ -137,7 +137,7 @@ def test_operations_are_those_of_the_batch_and_of_nothing_recomputed(tiny):
     assert benchmark.operations(few, "sample") > 0
 
 
-def test_one_command_writes_a_row_for_each_contender(run_script, tmp_path):
+def test_one_command_writes_a_row_for_each_contender(run_script, small_peak, tmp_path):
     words = "--model EqM-T/4 --image-size 32 --batch-size 1 --rounds 1 --steps 1 --num-workers 0 --device cpu"
     work = ["--work", "train", "sample", "cached", "--against", "plain", "--profile"]
     result = run_script("benchmark", *words.split(), *work, "--out", tmp_path)
