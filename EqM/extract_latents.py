@@ -28,7 +28,7 @@ from EqM.data import latent_cache, loader
 from EqM.data.geometry import geometry
 from EqM.data.tables import open_data
 from EqM.engine import precision
-from EqM.run import distributed
+from EqM.run import distributed, resume
 from EqM.run.log import progress
 
 
@@ -55,7 +55,10 @@ def main():
     run_in = precision.activate_flags(args, ranks.device)
     dataset = open_data(args, flip=False)
     meta = {name: getattr(args, name) for name in (*latent_cache.KEY, "flip")}
-    meta |= {"class_names": dataset.class_names, "precision": precision.of_vae(args, run_in).name}
+    meta = resume.absolute(meta) | {
+        "class_names": dataset.class_names,
+        "precision": precision.of_vae(args, run_in).name,
+    }
     shape = (1 + args.flip, 2, *latent)
     layout, left, changed = distributed.on_main(
         ranks, lambda: latent_cache.create(args.out, meta, latent_cache.files_of(dataset, args.data_path), shape)

@@ -1,12 +1,14 @@
 """--config: a file of flags in front of the command line, and the one that each run writes to repeat it."""
 
+import os
 import sys
 
 import pytest
 import torch
 
-from EqM import recipe
+from EqM import cli, recipe
 from EqM import train as train_script
+from EqM.run import resume
 from helpers import REPO, assert_same_checkpoint, train_args
 
 if sys.version_info >= (3, 11):
@@ -64,16 +66,39 @@ def test_a_file_that_is_not_there_is_one_line(run_script):
     assert result.code == 2 and result.err.count("\n") == 1 and "/nowhere.toml cannot be read" in result.err
 
 
-def test_a_run_is_repeated_bit_for_bit_by_the_file_it_wrote(run_script, image_folder, tmp_path):
+def test_a_run_is_repeated_bit_for_bit_from_elsewhere_by_the_file_it_wrote(
+    run_script, image_folder, tmp_path, monkeypatch
+):
     flags = ["--lr", "1e-3", "--use-bf16", "--no-flip", "--optimizer", "muon", "--betas", "0.9", "0.95"]
-    first = run_script("train", *train_args(image_folder, tmp_path / "runs", *flags))
+    monkeypatch.chdir(tmp_path)
+    here = [os.path.relpath(image_folder, tmp_path), "runs"]
+    first = run_script("train", *train_args(*here, *flags, "--val-path", here[0], "--val-every", 2))
     assert first.code == 0, first.err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     again = run_script("train", "--config", next((tmp_path / "runs").glob("*/config.toml")))
     assert again.code == 0, again.err
-    one, other = (next((tmp_path / "runs").glob(f"{n}-*/checkpoints/0000002.pt")) for n in ("000", "001"))
+    one, other = (next((tmp_path / at).glob("runs/*/checkpoints/0000002.pt")) for at in ("", "elsewhere"))
     assert_same_checkpoint(one, other)
     ours, theirs = (torch.load(path, weights_only=True)["args"] for path in (one, other))
     assert {name for name in ours if ours[name] != theirs[name]} == {"config"}
+
+
+def test_every_flag_of_free_text_is_written_as_a_place_or_is_known_to_be_none(monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def see(parser, argv):
+        raise Seen(parser)
+
+    monkeypatch.setattr(cli.Parser, "parse_args", see)
+    with pytest.raises(Seen) as caught:
+        train_script.parse_args([])
+    actions = caught.value.args[0]._actions
+    free = {each.dest for each in actions if each.nargs != 0 and each.type is None and each.choices is None}
+    assert free - {*resume.PLACES, *resume.OTHER_PLACES} == {
+        "config", "device", "weights", "image_column", "label_column", "results_dir"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.toml")), ids=lambda path: path.stem)

@@ -6,7 +6,6 @@ item's bytes take the same way as a file's. The package is imported when such da
 
 import hashlib
 import os
-import re
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from EqM.data.files import (
     size_and_time,
     some,
 )
-from EqM.run import resume
+from EqM.run import hub, resume
 from EqM.run.errors import UserError, printable, reason
 
 ENDS = (".parquet", ".arrow")
@@ -77,7 +76,7 @@ def is_table(data_path):
 
     A folder with class folders or clips is none, whatever lies beside them.
     """
-    if str(data_path).startswith(resume.HUB):
+    if str(data_path).startswith(hub.DATA):
         return True
     if not os.path.isdir(data_path):
         return False
@@ -124,8 +123,8 @@ def load(data_path):
     except ImportError as error:  # a folder called datasets is a package too, an empty one
         raise UserError(f"{told} needs the package datasets ({reason(error)}): pip install datasets") from None
     name, split = data_path, None
-    if data_path.startswith(resume.HUB):
-        name, split = re.fullmatch(r"(.*?)(?::([^/\\]+))?", data_path.removeprefix(resume.HUB), re.DOTALL).groups()
+    if data_path.startswith(hub.DATA):
+        name, split = hub.data_set(data_path)
     split = split or "train"
     try:
         if _is_saved(name):

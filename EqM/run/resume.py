@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from EqM.run import checkpoint
+from EqM.run import checkpoint, hub
 from EqM.run.errors import UserError
 from EqM.run.hub import is_hub_name
 
@@ -45,15 +45,15 @@ BEFORE = {
 ON_CUDA = ("no_tf32", "recompute")  # of NUMBERS, what changes none elsewhere
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
 OTHER_PLACES = ("vae", "init_from", "val_path", "val_csv", "val_latents", "eval_reference", "inception", "i3d", "ckpt")
-HUB = "hf:"  # begins a --data-path that names a data set of Hugging Face, and no folder
-NO_PLACES = ("ema", "mse", "none")  # what --vae may say besides a folder, even where a folder is called so
+# What these may say besides a place, even where one is called so.
+NO_PLACES = {"vae": ("ema", "mse", "none"), "ckpt": ("latest",)}
 STATS = 20_000  # how many files at most are asked for their size: a second on a local disk, some on a network's
 
 
 def same_path(a, b):
     """Whether two texts name one place: `dir`, `dir/`, `./dir`, the absolute path, a link to it."""
-    if str(a).startswith(HUB) or str(b).startswith(HUB):
-        return a == b
+    if str(a).startswith(hub.DATA) or str(b).startswith(hub.DATA):
+        return from_anywhere(a) == from_anywhere(b)
     try:
         return a == b or os.path.realpath(a) == os.path.realpath(b)
     except (TypeError, ValueError):  # one of them names no place at all
@@ -62,15 +62,22 @@ def same_path(a, b):
 
 def absolute(args):
     """args with places on this machine written so that they are found from another working directory too."""
-    names = [name for name in (*PLACES, *OTHER_PLACES) if args.get(name) and args[name] not in NO_PLACES]
-    places = {name: str(args[name]) for name in names}
-    on_disk = {name: place for name, place in places.items() if not place.startswith(HUB) and os.path.exists(place)}
-    return {**args, **{name: os.path.abspath(place) for name, place in on_disk.items()}}
+    given = {name: args[name] for name in (*PLACES, *OTHER_PLACES) if args.get(name)}
+    places = {name: place for name, place in given.items() if place not in NO_PLACES.get(name, ())}
+    return {**args, **{name: from_anywhere(place) for name, place in places.items()}}
+
+
+def from_anywhere(place):
+    """A place with its absolute path; as it is where it names none on this machine, as the hub's data sets do."""
+    if str(place).startswith(hub.DATA):
+        name, split = hub.data_set(place)
+        return hub.DATA + os.path.abspath(name) + (f":{split}" if split else "") if os.path.isdir(name) else place
+    return os.path.abspath(place) if os.path.exists(place) else place
 
 
 def same_vae(a, b):
     """Whether two values of --vae name one autoencoder, as far as names tell."""
-    return a == b if {a, b} & {*NO_PLACES} or is_hub_name(a) or is_hub_name(b) else same_path(a, b)
+    return a == b if {a, b} & {*NO_PLACES["vae"]} or is_hub_name(a) or is_hub_name(b) else same_path(a, b)
 
 
 def data_digest(names, labels, paths=None):

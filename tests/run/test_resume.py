@@ -321,6 +321,23 @@ def test_a_data_set_of_the_hub_is_no_place_on_disk(tmp_path, monkeypatch):
     assert not resume.same_path("hf:user/set", str(tmp_path / "hf:user" / "set"))
 
 
+def test_places_are_found_from_another_directory(tmp_path, monkeypatch):
+    """Each flag that names one, a data set that lies here under hf: too, and folders that are called like words."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("set", "ema", "latest"):
+        (tmp_path / name).mkdir()
+    for flag in (*resume.PLACES, *resume.OTHER_PLACES):
+        assert resume.absolute({flag: "set/"}) == {flag: str(tmp_path / "set")}
+    for place, found in (("hf:set", f"hf:{tmp_path}/set"), ("hf:./set:test[:5]", f"hf:{tmp_path}/set:test[:5]")):
+        assert resume.absolute({"data_path": place, "val_path": place}) == {"data_path": found, "val_path": found}
+        assert resume.same_path(place, found) and not resume.same_path(place, "hf:gone")
+    kept = {"vae": "ema", "ckpt": "latest", "data_path": "hf:gone:test", "latents": "gone"}
+    assert resume.absolute(kept) == kept
+    assert resume.absolute({"latents": "latest", "init_from": "ema"}) == {
+        "latents": str(tmp_path / "latest"), "init_from": str(tmp_path / "ema")
+    }  # fmt: skip
+
+
 def test_a_name_of_the_hub_is_no_place_unless_a_folder_is_called_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert all(map(resume.is_hub_name, ("user/name", "user/na-me.2/vae")))
