@@ -27,6 +27,7 @@ torch.set_num_threads(1)
 TAKE_LONG = ("errors", "in_turn", "two_ranks", "inception_file")  # fixtures; with --dist loadgroup each is made once
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     for item in items:
         for name in set(TAKE_LONG).intersection(item.fixturenames):
