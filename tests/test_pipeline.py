@@ -30,8 +30,7 @@ def open_pipe(path, **more):
 def test_sample_i_is_bit_for_bit_what_the_command_writes(run_script, tmp_path, name, args, sampler):
     path = save_checkpoint(tmp_path / "x.pt", args)
     words = "--num-fid-samples 3 --num-sampling-steps 4 --stepsize 0.1 --global-batch-size 2 --device cpu --mu 0.2"
-    format_of = ["--clip-format", "mp4"] if args["video"] else []
-    more = ["--sampler", sampler, *format_of, "--global-seed", 5, "--classes", "owl", 0, *FLAGS[name]]
+    more = ["--sampler", sampler, "--global-seed", 5, "--classes", "owl", 0, *FLAGS[name]]
     written = run_script("sample_gd", "--ckpt", path, "--folder", tmp_path / "s", *words.split(), *more)
     assert written.code == 0, written.err
     drawn = open_pipe(path, precision=name)(
@@ -42,8 +41,8 @@ def test_sample_i_is_bit_for_bit_what_the_command_writes(run_script, tmp_path, n
     assert drawn.latents.dtype == torch.float32 and drawn.latents.shape[0] == 3
     if args["video"]:  # whose file is lossy: written again from these frames it must be the same file
         for i, frames in enumerate(drawn.samples):
-            media.save_sample(tmp_path / f"{i}.mp4", frames, fps=8)
-            assert (tmp_path / f"{i}.mp4").read_bytes() == (tmp_path / "s" / f"{i:06d}.mp4").read_bytes()
+            media.save_sample(tmp_path / f"{i}.gif", frames, fps=8)
+            assert (tmp_path / f"{i}.gif").read_bytes() == (tmp_path / "s" / f"{i:06d}.gif").read_bytes()
     else:
         with np.load(tmp_path / "s.npz") as archive:
             assert np.array_equal(archive["arr_0"], drawn.samples)

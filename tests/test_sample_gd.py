@@ -353,17 +353,17 @@ def test_what_cannot_be_sampled_is_refused_before_anything_is_made(
 
 @pytest.mark.parametrize("clips", [False, True])
 def test_starts_are_taken_in_turn_and_shown_beside_their_results(sample, image_ckpt, clip_ckpt, clips, tmp_path):
-    ckpt, suffix = (clip_ckpt, ["--clip-format", "mp4"]) if clips else (image_ckpt, [])
+    ckpt, suffix = (clip_ckpt, ".gif") if clips else (image_ckpt, ".png")
     given = tmp_path / "given"
     given.mkdir()
     colours = {"b": (250, 20, 20), "a": (20, 250, 20)}
     for name, colour in colours.items():
         frames = np.full((4 if clips else 1, 8, 8, 3), colour, np.uint8)
-        media.save_sample(given / f"{name}.{'gif' if clips else 'png'}", frames, fps=8)
-    flags = ["--start", given, *suffix]
+        media.save_sample(given / (name + suffix), frames, fps=8)
+    flags = ["--start", given]
     still = sample(ckpt, *flags, "--start-noise", 0, "--num-sampling-steps", 1)
     assert still.code == 0, still.err
-    assert column(still.folder, "start") == [f"{name}.{'gif' if clips else 'png'}" for name in "ababa"]
+    assert column(still.folder, "start") == [name + suffix for name in "ababa"]
     for name, pixels in zip("ababa", still.pixels, strict=True):
         assert np.abs(pixels.astype(int) - colours[name]).max() <= (40 if clips else 1)
     with Image.open(still.folder / "grid.png") as sheet:
@@ -372,14 +372,12 @@ def test_starts_are_taken_in_turn_and_shown_beside_their_results(sample, image_c
     half = sample(ckpt, *flags, folder="half")
     assert half.code == 0 and not np.array_equal(half.pixels[0], still.pixels[0])
     assert '"start_noise": 0.5' in (half.folder / "samples.json").read_text()
-    pure, ordinary = sample(ckpt, *flags, "--start-noise", 1, folder="pure"), sample(ckpt, *suffix, folder="ordinary")
+    pure, ordinary = sample(ckpt, *flags, "--start-noise", 1, folder="pure"), sample(ckpt, folder="ordinary")
     assert [file.read_bytes() for file in pure.files] == [file.read_bytes() for file in ordinary.files]
-    again = sample(
-        ckpt, "--start", still.folder, *suffix, "--start-noise", 0, "--num-sampling-steps", 1, folder="again"
-    )
+    again = sample(ckpt, "--start", still.folder, "--start-noise", 0, "--num-sampling-steps", 1, folder="again")
     assert again.code == 0, again.err
     assert column(again.folder, "start") == [path.name for path in still.files], "the sheet beside them is no start"
-    other = sample(ckpt, "--start", given / f"a.{'gif' if clips else 'png'}", *suffix, folder="half")
+    other = sample(ckpt, "--start", given / ("a" + suffix), folder="half")
     assert other.code == 2 and "(start differ)" in other.err
 
 

@@ -44,6 +44,7 @@ def is_whole(path):
 
 
 def _save_mp4(path, frames, fps):
+    """The same frames give the same file only if their sides are multiples of 16: x264 reads memory beyond others."""
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
