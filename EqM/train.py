@@ -55,7 +55,10 @@ def parse_args(argv=None):
 
 def open_dataset(args):
     """What to train on, with files or a latent cache behind it; settles args.num_classes."""
-    dataset = latent_cache.LatentCache(args.latents, args) if args.latents else open_data(args, args.flip)
+    if args.latents:
+        dataset = latent_cache.LatentCache(args.latents, args)
+    else:
+        dataset = open_data(args, args.flip, beside=args.val_path)
     args.num_classes = args.num_classes or len(dataset.class_names)
     if args.num_classes < len(dataset.class_names):
         raise UserError(

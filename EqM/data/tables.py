@@ -34,11 +34,14 @@ ROWS = 10_000  # that are looked at together
 NO_COLUMNS = "--image-column and --label-column are for parquet, Arrow and hf: data, and {} is none; leave them out"
 
 
-def open_data(args, flip):
-    """The LabelledItems that --data-path and its companions name, in files or in rows. Raises UserError."""
+def open_data(args, flip, beside=None):
+    """The LabelledItems that --data-path and its companions name, in files or in rows. Raises UserError.
+
+    beside: the path of a second data set, which may be what has the columns that are named.
+    """
     if is_table(args.data_path):
         return open_table(args, flip)
-    if args.image_column or args.label_column:
+    if (args.image_column or args.label_column) and not (beside and is_table(beside)):
         raise UserError(NO_COLUMNS.format(f"--data-path {printable(args.data_path)}"))
     return open_files(args, flip)
 

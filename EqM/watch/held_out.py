@@ -25,9 +25,12 @@ def open_items(args, class_names):
     """
     if not (args.val_path or args.val_latents):
         return None
-    args = Namespace(**{**vars(args), "data_path": args.val_path, "csv": args.val_csv, "flip": False})
+    given = Namespace(**{**vars(args), "data_path": args.val_path, "csv": args.val_csv, "flip": False})
     with called("--val-path"):
-        dataset = latent_cache.LatentCache(args.val_latents, args) if args.val_latents else open_data(args, flip=False)
+        if args.val_latents:
+            dataset = latent_cache.LatentCache(args.val_latents, given)
+        else:
+            dataset = open_data(given, flip=False, beside=args.data_path)
     unknown = sorted(set(dataset.class_names) - set(class_names))
     if unknown:
         flag = "--val-latents" if args.val_latents else "--val-path"

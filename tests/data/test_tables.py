@@ -298,6 +298,18 @@ def test_folders_of_files_stay_what_they_were(tmp_path, image_folder, clip_folde
         tables.open_data(settings(image_folder, label_column="x"), flip=True)
 
 
+def test_columns_are_of_whichever_of_two_data_sets_is_a_table(run_script, tmp_path, image_folder):
+    items, labels = columns_of(image_folder)
+    write_parquet(tmp_path / "set" / "x.parquet", scan=items, mask=[b""] * len(items), kind=labels)
+    table = tmp_path / "set"
+    for data, held_out in ((image_folder, table), (table, image_folder), (table, table)):
+        flags = ["--val-path", held_out, "--val-every", 1, "--image-column", "scan", "--label-column", "kind"]
+        result = run_script("train", *train_args(data, tmp_path / "results", *flags, "--max-steps", 1))
+        assert result.code == 0 and "Val Loss" in result.out, result.err
+    result = run_script("train", *train_args(image_folder, tmp_path / "none", "--val-path", image_folder, *flags[4:]))
+    assert result.code == 2 and result.err.count("\n") == 1 and "is none; leave them out" in result.err
+
+
 def test_latents_of_rows_are_those_of_files_and_are_encoded_again_when_the_table_changes(
     run_script, parquet, image_folder, tiny_vae, tmp_path
 ):
