@@ -70,14 +70,14 @@ def compile_blocks(model, run_in, tell, checkpointing=False, recomputing=False):
 
 
 def _keeping_products(graph, inputs):
-    """PyTorch's compiler, told to keep no more than it must without computing a product twice.
+    """PyTorch's compiler, told what to keep. Before PyTorch had a place to say so, it keeps what it likes."""
+    inductor = torch._dynamo.lookup_backend("inductor")
+    if not hasattr(torch._inductor.config, "custom_partitioner_fn"):
+        return inductor(graph, inputs)
+    from EqM.engine.partition import KeepProducts
 
-    Left alone it keeps, of what it could compute again, the results of long chains of operations: 36 bytes per token
-    and channel of a block in BF16 instead of 24. A little under 1 makes it give up these and no product. (Where tokens
-    are so few that a block's weights outweigh its activations, it may find less to give up.)
-    """
-    with torch._functorch.config.patch(activation_memory_budget=0.95):
-        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+    with torch._inductor.config.patch(custom_partitioner_fn=KeepProducts()):
+        return inductor(graph, inputs)
 
 
 def _obstacle(model, run_in, checkpointing):
