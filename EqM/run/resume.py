@@ -29,20 +29,21 @@ IDENTITY = (
     "weights", "c_schedule", "c_start", "c_peak", "c_scale",
 )  # fmt: skip
 STARTS = ("init_from", "init_positions", "weights")  # of IDENTITY, what a run that goes on has behind it
-# What changes the numbers of a run that goes on. With --grad-checkpointing or --num-workers they are the same.
+# What changes the numbers of a run that goes on. With --num-workers they are the same.
 NUMBERS = (
     "global_batch_size", "grad_accum_steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "ema_warmup",
     "ema_std", "max_grad_norm", "train_eps", "flip", "csv", "frame_interval", "vae_precision", "no_tf32", "compile",
     "optimizer", "betas", "weight_decay", "min_lr", "shard", "shard_size", "recompute",
+    "no_fused_kernels",
 )  # fmt: skip
 # Of flags that checkpoints of before do not say, what was done then. Other flags that one side does not say agree.
 BEFORE = {
     "c_schedule": "truncated", "c_start": 0.8, "c_peak": 1.0, "c_scale": 4.0,
     "optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.0, "min_lr": 0.0,
     "init_from": None, "init_positions": None, "weights": "ema", "ema_warmup": False, "ema_std": None,
-    "shard": False, "shard_size": None, "recompute": "nothing",
+    "shard": False, "shard_size": None, "recompute": "nothing", "no_fused_kernels": True,
 }  # fmt: skip
-ON_CUDA = ("no_tf32", "recompute")  # of NUMBERS, what changes none elsewhere
+ON_CUDA = ("no_tf32", "recompute", "no_fused_kernels")  # of NUMBERS, what changes none elsewhere
 PLACES = ("data_path", "latents", "csv")  # of the data, which may move
 OTHER_PLACES = ("vae", "init_from", "val_path", "val_csv", "val_latents", "eval_reference", "inception", "i3d", "ckpt")
 # What these may say besides a place, even where one is called so.
@@ -52,9 +53,9 @@ STATS = 20_000  # how many files at most are asked for their size: a second on a
 
 def same_path(a, b):
     """Whether two texts name one place: `dir`, `dir/`, `./dir`, the absolute path, a link to it."""
-    if str(a).startswith(hub.DATA) or str(b).startswith(hub.DATA):
-        return from_anywhere(a) == from_anywhere(b)
     try:
+        if str(a).startswith(hub.DATA) or str(b).startswith(hub.DATA):
+            return from_anywhere(a) == from_anywhere(b)
         return a == b or os.path.realpath(a) == os.path.realpath(b)
     except (TypeError, ValueError):  # one of them names no place at all
         return False
@@ -206,6 +207,8 @@ def _settled(args):
     if args["recompute"] is None:
         in_16_bits = args.get("use_bf16") or args.get("use_amp")
         args["recompute"] = "elementwise" if in_16_bits else "nothing"
+    plain = args["recompute"] == "nothing" or args.get("compile") or args.get("grad_checkpointing")
+    args["no_fused_kernels"] = bool(args["no_fused_kernels"] or plain)
     return args
 
 

@@ -321,6 +321,19 @@ def test_a_data_set_of_the_hub_is_no_place_on_disk(tmp_path, monkeypatch):
     assert not resume.same_path("hf:user/set", str(tmp_path / "hf:user" / "set"))
 
 
+def test_a_run_of_latents_is_not_one_of_a_data_set_of_the_hub():
+    assert not resume.same_path(None, "hf:user/set") and not resume.same_path("hf:user/set", None)
+
+
+def test_fused_kernels_are_named_where_they_come_or_go():
+    """By their flag, or because blocks are compiled or checkpointed."""
+    fused = {"use_bf16": True, "recompute": None, "no_fused_kernels": False}
+    assert not resume._settled(fused)["no_fused_kernels"]
+    for other in ({"no_fused_kernels": True}, {"compile": True}, {"grad_checkpointing": True}, {"use_bf16": False}):
+        assert resume._settled(fused | other)["no_fused_kernels"]
+    assert resume._settled({"use_bf16": True})["no_fused_kernels"], "a checkpoint of before"
+
+
 def test_places_are_found_from_another_directory(tmp_path, monkeypatch):
     """Each flag that names one, a data set that lies here under hf: too, and folders that are called like words."""
     monkeypatch.chdir(tmp_path)
