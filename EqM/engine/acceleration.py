@@ -9,9 +9,11 @@ from torch.utils.checkpoint import checkpoint
 from EqM.engine import elementwise, fused
 from EqM.run.errors import reason
 
+FLAGS = ("compile", "recompute", "grad_checkpointing", "no_fused_kernels")
+
 
 def add_flags(parser):
-    """--compile, --recompute and --grad-checkpointing, on an argparse parser."""
+    """FLAGS, on an argparse parser."""
     add_compile(parser)
     parser.add_argument(
         "--recompute", choices=("elementwise", "nothing"),

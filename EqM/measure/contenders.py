@@ -16,7 +16,7 @@ from EqM import samplers, train
 from EqM.data import autoencoder as autoencoders
 from EqM.data import latent_cache, loader, media
 from EqM.data.tables import open_data
-from EqM.engine import precision, prepare
+from EqM.engine import acceleration, precision, prepare
 from EqM.engine.ema import EMA
 from EqM.engine.trainer import Trainer
 from EqM.guidance import Guided
@@ -82,9 +82,10 @@ def train_args(args, source):
     video = ["--video", "--clip-len", args.clip_len] if args.video else []
     words = ["--model", args.model, "--image-size", args.image_size, "--num-workers", args.num_workers, *video]
     words += ["--global-batch-size", args.batch_size, *source]
-    words += ["--compile"] if args.compile else []
-    words += ["--grad-checkpointing"] if args.grad_checkpointing else []
-    return train.parse_args([str(word) for word in words])
+    settled = train.parse_args([str(word) for word in words])
+    for name in acceleration.FLAGS:
+        setattr(settled, name, getattr(args, name))
+    return settled
 
 
 class Training:

@@ -1,5 +1,6 @@
 """The benchmark: its contenders do the same work, its ratios are right, its files are written."""
 
+import argparse
 import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from EqM.data import autoencoder as latents
+from EqM.engine import acceleration
 from EqM.engine.precision import Precision
 from EqM.measure import benchmark, contenders
 
@@ -149,6 +151,16 @@ def test_one_command_writes_a_row_for_each_contender(run_script, small_peak, tmp
     assert (tmp_path / "benchmark.md").read_text() in result.out and (tmp_path / "benchmark.png").exists()
     assert len(list(tmp_path.glob("profile-*.txt"))) == len(rows)
     assert "aten::addmm" in (tmp_path / "profile-train-ours-bf16.txt").read_text()
+
+
+def test_every_flag_of_acceleration_reaches_the_step_that_is_timed(tiny):
+    words = ["--compile", "--recompute", "nothing", "--grad-checkpointing", "--no-fused-kernels"]
+    given, plain = (contenders.train_args(tiny(*flags), ["--latents", "none"]) for flags in (words, []))
+    assert [getattr(given, name) for name in acceleration.FLAGS] == [True, "nothing", True, True]
+    assert [getattr(plain, name) for name in acceleration.FLAGS] == [False, None, False, False]
+    parser = argparse.ArgumentParser()
+    acceleration.add_flags(parser)
+    assert set(vars(parser.parse_args([]))) == set(acceleration.FLAGS)
 
 
 @pytest.mark.parametrize(
