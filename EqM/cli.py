@@ -45,9 +45,9 @@ class Parser(argparse.ArgumentParser):
         defaults = {name: self.get_default(name) for name in names}
         if "stepsize" in defaults:
             defaults["stepsize"] = STEPSIZES[args.sampler]  # which has been filled in
-        idle = [flag_of(name) for name, default in defaults.items() if getattr(args, name) != default]
+        idle = flags_given(args, defaults)
         if idle:
-            self.error(f"{' and '.join(idle)}: no effect {where}; drop it, or give what it is for")
+            self.error(f"{idle}: no effect {where}; drop it, or give what it is for")
 
     def error(self, message):
         complain(f"{self.prog}: error: {message}", every_rank=False)
@@ -106,6 +106,11 @@ def _status_of(main):
     if distributed.is_first_to_say(line):
         complain(f"{_told('error')}: {line}")
     return status
+
+
+def flags_given(args, defaults):
+    """The flags of args that are not at these defaults, {name: default}, in words; nothing if all are."""
+    return " and ".join(flag_of(name) for name, default in defaults.items() if getattr(args, name) != default)
 
 
 def less_memory(args):

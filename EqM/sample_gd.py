@@ -33,7 +33,7 @@ from EqM.data.starts import Starts
 from EqM.engine import acceleration, precision
 from EqM.pipeline import EqMPipeline
 from EqM.run import checkpoint, distributed, resume
-from EqM.run.errors import UserError, flag_of, printable, reason
+from EqM.run.errors import UserError, printable, reason
 from EqM.run.log import progress
 
 SHEET_SIZE = 64  # samples on the contact sheet
@@ -88,9 +88,9 @@ def check_start(parser, args):
 
 def check_clips(args):
     """Raise UserError if a model of images is given what is for clips."""
-    idle = [flag_of(name) for name, default in CLIPS.items() if getattr(args, name) != default]
+    idle = cli.flags_given(args, CLIPS)
     if idle and not args.video:
-        raise UserError(f"{' and '.join(idle)}: no effect on images, which this model makes; drop it")
+        raise UserError(f"{idle}: no effect on images, which this model makes; drop it")
 
 
 def recipe(args, weights, run_in, others, start):

@@ -106,9 +106,10 @@ def main():
         raise UserError("score.py runs as one process; start it without torchrun")
     run_in = precision.activate_flags(args, ranks.device)
     pipe = EqMPipeline.from_saved(checkpoint.load(args.ckpt), args.ckpt, args, run_in, args.weights)
-    given = {"--data-path": args.data_path, "--against": args.against}
-    folders = [path for path in given.values() if path]
-    datasets = [tables.open_any(path, args, flag) for flag, path in given.items() if path]
+    folders = [path for path in (args.data_path, args.against) if path]
+    datasets = [tables.open_any(args.data_path, args, "--data-path", beside=args.against)]
+    if args.against:
+        datasets.append(tables.open_any(args.against, args, "--against", beside=args.data_path))
     labels = [labels_of(pipe, dataset, args, path) for dataset, path in zip(datasets, folders, strict=True)]
     folder = Path(args.folder)
     try:

@@ -150,8 +150,10 @@ def main():
     args = parse_args()
     ranks = distributed.setup(args.device)
     run_in = precision.activate_flags(args, ranks.device)
+    notes = []
+    parallel.check_flags(args, ranks, notes.append)
     dataset = open_dataset(args)
-    parallel.check_flags(args, ranks, dataset.notes.append)
+    dataset.notes += notes
     looks = watch.Looks(args, ranks, dataset.class_names)
     loader.micro_batch_size(args, ranks)
     total_steps = resume.total_steps(vars(args), len(dataset))

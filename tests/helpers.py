@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from EqM.models import EqM_models
 from EqM.run import checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
+PYTHONPATH = os.pathsep.join([str(REPO), str(REPO / "tests")])  # for processes that import the package and tests' files
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # train.py installs handlers for these
 
 

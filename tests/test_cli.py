@@ -19,7 +19,7 @@ from EqM.models import EqM_models
 from EqM.run import checkpoint, seeds
 from EqM.run.errors import UserError
 from EqM.transport import Transport
-from helpers import IMAGE_ARGS, REPO, assert_same_checkpoint, save_checkpoint, train_args
+from helpers import IMAGE_ARGS, PYTHONPATH, REPO, assert_same_checkpoint, save_checkpoint, train_args
 from in_turn import ENCODE, FOUR_STEPS, SAMPLE, stop_after_two_steps
 
 COUNTS = "0 -1 1.5 x inf nan"  # none of them a positive whole number
@@ -281,10 +281,10 @@ def in_turn(image_folder, clip_folder, tiny_vae, tmp_path_factory):
     """Folder of what two ranks did, one command after the other: to start processes for each is what would cost."""
     folder = tmp_path_factory.mktemp("in_turn")
     script = REPO / "tests/in_turn.py"
-    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
     result = subprocess.run(
         [*TORCHRUN, "--nproc_per_node=2", "--standalone", script, image_folder, clip_folder, tiny_vae, folder],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return folder

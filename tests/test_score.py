@@ -142,6 +142,9 @@ def test_tables_are_scored_as_the_folder_they_were_made_of(run, image_folder, tm
     )
     assert table.code == 0, table.err
     assert [(row["class"], row["score"]) for row in table.rows] == [(row["class"], row["score"]) for row in folder.rows]
+    for data, other in ((tmp_path / "rows", image_folder), (image_folder, tmp_path / "rows")):
+        both = run(IMAGE_ARGS, data, "--against", other, "--image-column", "image", "--label-column", "label")
+        assert both.code == 0 and "AUROC 0.50" in both.out, both.err
 
 
 def test_a_score_depends_on_no_batch(run, image_folder):

@@ -41,21 +41,20 @@ def open_data(args, flip, beside=None):
     """
     if is_table(args.data_path):
         return open_table(args, flip)
-    if (args.image_column or args.label_column) and not (beside and is_table(beside)):
-        raise UserError(NO_COLUMNS.format(f"--data-path {printable(args.data_path)}"))
+    _check_columns(args, args.data_path, beside)
     return open_files(args, flip)
 
 
-def open_any(path, args, flag):
+def open_any(path, args, flag, beside=None):
     """The LabelledItems of a data set, not mirrored, or of a flat folder without a CSV, whose only class is None.
 
-    args: --data-path's companions. flag: what the command calls the path. Raises UserError, which names that.
+    args: --data-path's companions. flag: what the command calls the path. beside: as of open_data. Raises UserError,
+    which names the flag.
     """
     with called(flag):
         if not is_flat(path) or args.csv or is_table(path):
-            return open_data(Namespace(**{**vars(args), "data_path": path}), flip=False)
-        if args.image_column or args.label_column:
-            raise UserError(NO_COLUMNS.format(f"--data-path {printable(path)}"))
+            return open_data(Namespace(**{**vars(args), "data_path": path}), flip=False, beside=beside)
+        _check_columns(args, path, beside)
         try:
             paths = flat_files(path, args.video)
         except UserError as error:
@@ -63,6 +62,12 @@ def open_any(path, args, flag):
     length = args.clip_len if args.video else None
     labels = [0] * len(paths)
     return LabelledFiles(paths, labels, [None], args.image_size, length, args.frame_interval, False, args.global_seed)
+
+
+def _check_columns(args, path, beside):
+    """Raise UserError if columns are named and neither this path, which is no table, nor the one beside has any."""
+    if (args.image_column or args.label_column) and not (beside and is_table(beside)):
+        raise UserError(NO_COLUMNS.format(f"--data-path {printable(path)}"))
 
 
 @contextmanager

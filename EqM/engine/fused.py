@@ -97,6 +97,7 @@ def _operator(signature, room):
         name = signature.partition("(")[0]
         _operators.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"eqm::{name}", room, lib=_operators)
+        return launch
 
     return register
 

@@ -8,8 +8,11 @@ be a view into something wider, whose step from sample to sample comes with it.
 import triton
 import triton.language as tl
 
+# Not compiled again for an L that 16 divides, as Triton would: what a run tries at its start is what it trains with.
+one_for_all_lengths = triton.jit(do_not_specialize=["L"])
 
-@triton.jit
+
+@one_for_all_lengths
 def modulated_norm(X, Shift, Factor, Out, L, of_shift, of_factor, eps, D: tl.constexpr, BLOCK: tl.constexpr):
     """Out = norm(X) * Factor + Shift. A program for each token."""
     token = tl.program_id(0).to(tl.int64)
@@ -21,7 +24,7 @@ def modulated_norm(X, Shift, Factor, Out, L, of_shift, of_factor, eps, D: tl.con
     tl.store(Out + token * D + at, out.to(Out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@one_for_all_lengths
 def norm_backward(
     OfOut, X, Factor, OfResult, OfX, Sums, L, of_factor, eps, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr
 ):
@@ -50,7 +53,7 @@ def norm_backward(
     tl.store(sums + D, of_scale, mask=inside)
 
 
-@triton.jit
+@one_for_all_lengths
 def gated_sum(X, Gate, Value, Out, L, of_gate, D: tl.constexpr, BLOCK: tl.constexpr):
     """Out = X + Gate * Value. A program for each token."""
     token = tl.program_id(0).to(tl.int64)
@@ -60,7 +63,7 @@ def gated_sum(X, Gate, Value, Out, L, of_gate, D: tl.constexpr, BLOCK: tl.conste
     tl.store(Out + token * D + at, _load(X + token * D, at, inside) + gated, mask=inside)
 
 
-@triton.jit
+@one_for_all_lengths
 def gate_backward(
     OfGated, Value, Gate, OfValue, Sums, L, of_gate, D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr
 ):

@@ -24,7 +24,7 @@ class KeepProducts(CustomPartitionerFn):
         for node in gm.graph.nodes:
             if node.op == "call_function" and node.meta.get("partitioner_tag") not in BACKWARD:
                 policy = CheckpointPolicy.MUST_SAVE if _is_product(node) else CheckpointPolicy.PREFER_RECOMPUTE
-                node.meta["recompute"] = policy
+                node.meta |= {"recompute": policy, "ac_graph_id": 0}  # one region; PyTorch compares their numbers
         return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self):

@@ -11,14 +11,16 @@ bytes per token and channel,
     | both products of the MLP                                               | 8 + 2     | 16 + 4     |
     | all                                                                    | 28        | 48         |
 
-where autograd keeps 48 and 80. Every operation is the one that autocast and autograd would do, on the same operands: on
-a CPU outputs and gradients are equal to the bit; a GPU may sum the gradients of shift, scale and gate in another order.
+where autograd keeps 48 and 80. With elementwise.py every operation is the one that autocast and autograd would do, on
+the same operands: on a CPU outputs and gradients are equal to the bit; a GPU may sum the gradients of shift, scale and
+gate in another order. fused.py, which a GPU takes unless told otherwise, rounds otherwise.
 Launches are saved as well: a block's weights are cast in one, and so are their gradients, and activations are cast by
 the operation that makes them.
 
 Letters: N batch, L tokens, D hidden size.
 """
 
+import sys
 from functools import partial
 
 import torch
@@ -37,7 +39,8 @@ def recompute_in(model, run_in, operations=elementwise):
     if model.ebm != "none":
         return
     for block in model.blocks:
-        block.forward = partial(_forward, block, block.forward, run_in, operations)
+        # By its name: a network that holds a module could not be copied.
+        block.forward = partial(_forward, block, block.forward, run_in, operations.__name__)
 
 
 def _forward(block, plain, run_in, operations, x, modulation):
@@ -45,7 +48,7 @@ def _forward(block, plain, run_in, operations, x, modulation):
         return plain(x, modulation)
     layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     parameters = (parameter for layer in layers for parameter in (layer.weight, layer.bias))
-    return Block.apply(block, run_in, operations, x, modulation, *parameters)
+    return Block.apply(block, run_in, sys.modules[operations], x, modulation, *parameters)
 
 
 class Block(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 
 from EqM.data import loader
 from EqM.run.errors import UserError
-from helpers import REPO, labelled_files
+from helpers import PYTHONPATH, labelled_files
 
 
 def test_a_class_without_a_good_file_is_named(tmp_path):
@@ -124,7 +124,7 @@ dist.destroy_process_group()
 def test_bad_files_are_counted_over_ranks_and_named_by_the_first(tmp_path, image_folder, batches, found, stopped):
     command = [sys.executable, "-c", RANK_THAT_FINDS]
     given = [str(tmp_path / "store"), str(image_folder), json.dumps(batches)]
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
+    paths = {**os.environ, "PYTHONPATH": PYTHONPATH}
     ranks = [
         subprocess.Popen([*command, str(rank), *given], stdout=subprocess.PIPE, text=True, env=paths) for rank in (0, 1)
     ]

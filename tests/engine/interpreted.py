@@ -15,7 +15,7 @@ from EqM.engine.precision import Precision
 from EqM.models import EqM
 
 CPU = torch.device("cpu")
-TOKENS = 3  # instead of 16, in one part: each program takes time here
+TOKENS = 3  # of a part, instead of 16: each token takes time here
 SHAPES = {"parts of 3 and 1": (2, 4, 24), "odd": (3, 1, 7), "wide": (1, 2, 1152)}
 NAMES = ("modulated", "of_x", "of_affine", "sum", "of_value", "of_gate")
 

@@ -16,7 +16,7 @@ from EqM import train
 from EqM.engine import parallel
 from EqM.run import checkpoint, distributed
 from EqM.run.errors import UserError
-from helpers import REPO, leaves, newest, train_args
+from helpers import PYTHONPATH, leaves, newest, train_args
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def two_ranks(image_folder, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
-    environment = {**os.environ, **place, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **place, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parent / "two_ranks.py"
     processes = [
         subprocess.Popen(
@@ -55,11 +54,10 @@ def test_sharded_ranks_step_as_data_parallel_ones_and_go_on_from_files_and_from_
 
 
 def test_four_ranks_in_two_copies_step_as_data_parallel_ones_and_go_on_in_0_bits(tmp_path):
-    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
     script = Path(__file__).parent / "four_ranks.py"
     result = subprocess.run(
         [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=200,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 
@@ -190,3 +188,9 @@ def test_what_does_not_go_with_shards_is_told_of_several_ranks_and_goes_on_one(f
     args, told = train.parse_args(given), []
     parallel.check_flags(args, distributed.Ranks(0, 1, torch.device("cpu")), told.append)
     assert told == ["--shard has no effect: there is one rank"] and not args.shard
+
+
+def test_what_does_not_go_with_shards_is_told_before_data_is_looked_for(run_script, monkeypatch):
+    monkeypatch.setattr(distributed, "setup", lambda device: distributed.Ranks(0, 2, torch.device("cpu")))
+    result = run_script("train", "--data-path", "/nowhere", "--shard", "--ebm", "dot")
+    assert result.code == 2 and result.err.count("\n") == 1 and "--shard cannot split an energy model" in result.err

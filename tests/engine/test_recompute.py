@@ -132,6 +132,17 @@ def test_no_product_is_computed_twice(name):
     assert counts[0] == counts[1] and counts[0]["mm"] == 8 and counts[0]["addmm"] == 4
 
 
+def test_a_network_that_recomputes_can_be_copied_and_the_copy_is_its_own():
+    _, ours, inputs = blocks("bf16")
+    copied = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    with autocast("bf16"):
+        copied(*inputs).sum().backward()
+    assert copied.mlp.fc1.weight.grad.norm() > 0 and ours.mlp.fc1.weight.grad is None
+
+
 def test_without_gradients_blocks_run_as_before():
     plain, ours, inputs = blocks("bf16")
     with autocast("bf16"), torch.no_grad():
