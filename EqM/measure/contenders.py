@@ -83,8 +83,7 @@ def train_args(args, source):
     words = ["--model", args.model, "--image-size", args.image_size, "--num-workers", args.num_workers, *video]
     words += ["--global-batch-size", args.batch_size, *source]
     settled = train.parse_args([str(word) for word in words])
-    for name in acceleration.FLAGS:
-        setattr(settled, name, getattr(args, name))
+    vars(settled).update({name: value for name, value in vars(args).items() if name in acceleration.FLAGS})
     return settled
 
 

@@ -33,7 +33,7 @@ def parse_args():
     add("--device", help="cuda, cpu, ...; left out: the GPU where there is one")
     add("--folder", help="where to write, and remove again; left out: a temporary folder")
     args = parser.parse_args()
-    more = {"video": False, "clip_len": 1, "num_workers": 0, "compile": False, "grad_checkpointing": False}
+    more = {"video": False, "clip_len": 1, "num_workers": 0}
     return argparse.Namespace(**vars(args), **more)
 
 
